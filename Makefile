@@ -1,0 +1,47 @@
+# Needs Python 3.11 or later and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red circle above a blue square on a white background
+JOBS ?= 2
+
+.PHONY: demo test check-full lint format clean
+
+demo: $(VENV)/.core
+	$(BIN)/edgedit generate "$(PROMPT)" --output demo.png
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" \
+		--cov=edgedit --cov=converters --cov=runtimes --cov=apps --cov-report=term:skip-covered
+
+check-full: $(VENV)/.test
+	$(BIN)/python -m pytest -m full -s
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy sees the folders where Python sees the packages
+	@mkdir -p build/types/edgedit && cd build/types/edgedit && for f in ../../../edgedit/*; do ln -sfn $$f .; done; \
+		for d in converters runtimes apps; do ln -sfn ../../../$$d $$d; done
+	MYPYPATH=build/types $(BIN)/mypy --strict -p edgedit
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedit needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+# torch first: the other packages then find it installed and add no accelerator packages
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edgedit.device import available_memory, cache_dir
+
+
+def test_available_memory_is_what_the_system_says() -> None:
+    found, expected = available_memory(), psutil.virtual_memory().available
+    assert found is not None
+    assert found <= expected * 1.2
+
+
+def test_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGEDIT_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("EDGEDIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert cache_dir() == tmp_path / "edgedit"
