@@ -1,0 +1,187 @@
+"""Attention other than plain softmax: ReLU linear attention, and softmax attention over compressed keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgedit.converters.architectures.layers import (
+    Attention,
+    Conv2d,
+    LayerNorm,
+    Linear,
+    Module,
+    ModuleList,
+    Op,
+    RMSNorm,
+    Value,
+    int64s,
+    map_to_tokens,
+    tokens_to_map,
+)
+
+from edgedit.errors import ConversionError
+
+__all__ = ["KVCompressedAttention", "KVCompression", "KeyValueSum", "LinearAttention", "StateReadout", "qk_norms"]
+
+#: Keeps a query that no key answers from dividing by zero (diffusers' SanaLinearAttnProcessor2_0).
+_EPS = 1e-15
+
+#: `eps` that diffusers' Attention hands to the norms of query and key.
+_QK_NORM_EPS = 1e-5
+
+_HEADS_FIRST, _HEADS_FIRST_TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)
+
+
+def qk_norms(qk_norm: str | None, width: int) -> tuple[Module, Module] | tuple[None, None]:
+    """Norms of query and key over all heads together, `width` channels: `qk_norm` None or "rms_norm_across_heads"."""
+    if qk_norm is None:
+        return None, None
+    if qk_norm == "rms_norm_across_heads":
+        return RMSNorm(width, _QK_NORM_EPS), RMSNorm(width, _QK_NORM_EPS)
+    raise ConversionError(f"qk_norm={qk_norm!r} is not supported: it must be None or 'rms_norm_across_heads'")
+
+
+def _split_heads(op: Op, x: Value, heads: int, perm: tuple[int, ...]) -> Value:
+    """[B, N, h·d] → [B, N, h, d], its axes in the order `perm`."""
+    return op.Transpose(op.Reshape(x, int64s(op, 0, 0, heads, -1)), perm=list(perm))  # type: ignore[no-any-return]
+
+
+class KeyValueSum(Module):
+    """key, value [B, N, h·d] → state ReLU(k)ᵀ v [B, h, d, d] and its normaliser Σ ReLU(k) [B, h, d, 1].
+
+    The sums run over all tokens: keep these nodes in float32 whatever the rest is in.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, op: Op, k: Value, v: Value) -> tuple[Value, Value]:
+        k = _split_heads(op, op.Relu(k), self.heads, _HEADS_FIRST_TRANSPOSED)
+        v = _split_heads(op, v, self.heads, _HEADS_FIRST)
+        return op.MatMul(k, v), op.ReduceSum(k, int64s(op, -1), keepdims=1)
+
+
+class StateReadout(Module):
+    """query [B, N, h·d] and the two values of `KeyValueSum` → ReLU(q) state / (ReLU(q) normaliser + 1e-15), [B, N, h·d].
+
+    Numerator and denominator grow with the number of tokens: keep these nodes in float32 too.
+    """
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+
+    def forward(self, op: Op, q: Value, state: Value, normaliser: Value) -> Value:
+        q = _split_heads(op, op.Relu(q), self.heads, _HEADS_FIRST)
+        y = op.Div(op.MatMul(q, state), op.Add(op.MatMul(q, normaliser), _EPS))
+        y = op.Transpose(y, perm=list(_HEADS_FIRST))
+        return op.Reshape(y, int64s(op, 0, 0, self.width))  # type: ignore[no-any-return]
+
+
+class LinearAttention(Module):
+    """Linear self-attention with the kernel ReLU(q)·ReLU(k): x [B, N, width] → [B, N, width].
+
+    SANA, section 2.2, after Katharopoulos et al., "Transformers are RNNs" (2020), section 3.2; diffusers' Attention with
+    SanaLinearAttnProcessor2_0. Keys and values are summed before the query is computed, so that the fewest token-sized
+    tensors live at once, and no N × N tensor ever does. The normaliser is a product of its own where diffusers appends
+    a row of ones to the value: the same sum without the copy.
+    """
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int, *, bias: bool = False, qk_norm: str | None = None
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.to_q, self.to_k, self.to_v = (Linear(width, inner, bias) for _ in range(3))
+        self.to_out = ModuleList([Linear(inner, width)])
+        norm_q, norm_k = qk_norms(qk_norm, inner)
+        if norm_q is not None:
+            self.norm_q, self.norm_k = norm_q, norm_k
+        self.normalised = norm_q is not None
+        self.key_value_sum, self.readout = KeyValueSum(heads), StateReadout(heads, inner)
+
+    def forward(self, op: Op, x: Value) -> Value:
+        k = self.to_k(op, x)
+        if self.normalised:
+            k = self.norm_k(op, k)
+        state, normaliser = self.key_value_sum(op, k, self.to_v(op, x))
+        q = self.to_q(op, x)
+        if self.normalised:
+            q = self.norm_q(op, q)
+        return self.to_out[0](op, self.readout(op, q, state, normaliser))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class KVCompression:
+    """How a block shortens its keys and values (PixArt-Sigma, section 3.2), by `factor` along each side of the grid.
+
+    `sampling` is "conv" (learned depthwise convolution, then LayerNorm), or "ave" or "uniform", which both keep the
+    first token of each factor × factor window. `layers` are the indices of the blocks that do it.
+    """
+
+    sampling: str
+    factor: int
+    layers: frozenset[int]
+
+    @classmethod
+    def from_config(cls, config: Any, num_layers: int) -> KVCompression | None:
+        """From `kv_compress_config` of the original repository; None when it compresses nothing.
+
+        Raises ConversionError for a key, sampling, factor or layer that is not supported.
+        """
+        if config is None:
+            return None
+
+        def refused(what: str, rule: str) -> ConversionError:
+            return ConversionError(f"kv_compress_config {what} is not supported: {rule}")
+
+        keys = {"sampling", "scale_factor", "kv_compress_layer"}
+        if not isinstance(config, dict) or set(config) != keys:
+            raise refused(repr(config), f"it must have {', '.join(sorted(keys))}")
+        sampling, factor, layers = config["sampling"], config["scale_factor"], config["kv_compress_layer"]
+        if type(factor) is not int or factor < 1:
+            raise refused(f"scale_factor={factor!r}", "it must be a whole number above 0")
+        if not isinstance(layers, list) or not all(type(i) is int and 0 <= i < num_layers for i in layers):
+            raise refused(f"kv_compress_layer={layers!r}", f"it must list blocks from 0 to {num_layers - 1}")
+        if factor == 1 or not layers:
+            return None
+        if sampling not in ("conv", "ave", "uniform"):
+            raise refused(f"sampling={sampling!r}", "it must be 'conv', 'ave' or 'uniform'")
+        return cls(sampling, factor, frozenset(layers))
+
+
+class KVCompressedAttention(Attention):
+    """Softmax self-attention whose keys and values are shortened as maps: N queries, N / R² keys.
+
+    PixArt-Sigma, section 3.2; class AttentionKVCompress of its repository. Key and value go through the same
+    convolution `sr` and the same `norm`, after their projections; the query is untouched. What is left over when R does
+    not divide a side is cut off, as a convolution without padding does.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, compression: KVCompression, *, bias: bool = True) -> None:
+        super().__init__(width, heads, head_dim, bias=bias)
+        self.inner, self.factor = heads * head_dim, compression.factor
+        self.learned = compression.sampling == "conv"
+        if self.learned:
+            self.sr = Conv2d(self.inner, self.inner, self.factor, stride=self.factor, groups=self.inner)
+            self.norm = LayerNorm(self.inner)
+
+    def forward(self, op: Op, x: Value, grid: Value) -> Value:
+        """x [B, H·W, width], `grid` [H, W] int64 → [B, H·W, width]."""
+        q = self.to_q(op, x)
+        k = self._compress(op, self.to_k(op, x), grid)
+        v = self._compress(op, self.to_v(op, x), grid)
+        y = op.Attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
+        return self.to_out[0](op, y)  # type: ignore[no-any-return]
+
+    def _compress(self, op: Op, x: Value, grid: Value) -> Value:
+        if self.learned:
+            x = self.sr(op, tokens_to_map(op, x, self.inner, grid))
+            return self.norm(op, map_to_tokens(op, x, self.inner))  # type: ignore[no-any-return]
+        steps = int64s(op, self.factor, self.factor)
+        ends = op.Mul(op.Div(grid, steps), steps)
+        x = op.Reshape(x, op.Concat(int64s(op, 0), grid, int64s(op, self.inner), axis=0))
+        x = op.Slice(x, int64s(op, 0, 0), ends, int64s(op, 1, 2), steps)
+        return op.Reshape(x, int64s(op, 0, -1, self.inner))  # type: ignore[no-any-return]

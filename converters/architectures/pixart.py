@@ -1,0 +1,225 @@
+"""PixArt's transformer: diffusers' PixArtTransformer2DModel, and the compressed attention of PixArt-Sigma.
+
+Chen et al., "PixArt-alpha" (2023), figure 4 and section 2.3; Chen et al., "PixArt-Sigma" (2024), section 3.2.
+Old diffusers checkpoints call the same network Transformer2DModel with `norm_type` "ada_norm_single".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression
+from edgedit.converters.architectures.blocks import (
+    FEED_FORWARD_ACTIVATIONS,
+    AdaLayerNormSingle,
+    FeedForward,
+    PatchEmbed,
+    TextProjection,
+    modulate,
+    sincos_positions,
+    table_rows,
+    transformer_inputs,
+    unpatchify,
+)
+from edgedit.converters.architectures.configuration import resolve
+from edgedit.converters.architectures.layers import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Module,
+    ModuleList,
+    Op,
+    Parameter,
+    Value,
+    int64s,
+    padding_bias,
+    spatial_shape,
+)
+from edgedit.converters.graph import Component, TensorSpec
+
+from edgedit.errors import ConversionError
+
+__all__ = ["PixArtTransformer", "build_transformer"]
+
+_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 1152,
+    "attention_bias": True,
+    "sample_size": 128,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "upcast_attention": False,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+    "caption_channels": None,
+    "attention_type": "default",
+    "kv_compress_config": None,
+    # Entries of Transformer2DModel, the class under which the first checkpoints were saved.
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+}
+_OPTIONAL = {"out_channels": 8, "caption_channels": 4096, "interpolation_scale": 1.0, "use_additional_conditions": True}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "activation_fn": tuple(FEED_FORWARD_ACTIVATIONS),
+    "norm_type": ("ada_norm_single",),
+    "attention_type": ("default",),
+    "num_vector_embeds": (None,),
+    "use_linear_projection": (False,),
+    "only_cross_attention": (False,),
+    "double_self_attention": (False,),
+}
+_DROP = ((r"pos_embed\.pos_embed", "the table of positions depends on the size, so the graph takes it as an input"),)
+_FINAL_NORM_EPS = 1e-6
+
+
+class PixArtBlock(Module):
+    """Self-attention and feed-forward under adaLN-single, text cross-attention between them without norm or gate."""
+
+    def __init__(self, c: Mapping[str, Any], compression: KVCompression | None) -> None:
+        super().__init__()
+        heads, head_dim, bias = c["num_attention_heads"], c["attention_head_dim"], c["attention_bias"]
+        width, eps, affine = heads * head_dim, c["norm_eps"], c["norm_elementwise_affine"]
+        self.scale_shift_table = Parameter([6, width])
+        self.norm1, self.norm2 = LayerNorm(width, eps, affine=affine), LayerNorm(width, eps, affine=affine)
+        self.attn1: Module
+        if compression is None:
+            self.attn1 = Attention(width, heads, head_dim, bias=bias)
+        else:
+            self.attn1 = KVCompressedAttention(width, heads, head_dim, compression, bias=bias)
+        self.attn2 = Attention(width, heads, head_dim, context_width=c["cross_attention_dim"], bias=bias)
+        self.ff = FeedForward(width, c["activation_fn"])
+        self.compressed = compression is not None
+
+    def forward(self, op: Op, x: Value, text: Value, text_bias: Value, modulation: Value, grid: Value) -> Value:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table_rows(op, self.scale_shift_table, modulation, 6)
+        h = modulate(op, self.norm1(op, x), shift_1, scale_1)
+        attended = self.attn1(op, h, grid if self.compressed else h)
+        x = op.Add(x, op.Mul(gate_1, attended))
+        x = op.Add(x, self.attn2(op, x, text, text_bias))
+        h = modulate(op, self.norm2(op, x), shift_2, scale_2)
+        return op.Add(x, op.Mul(gate_2, self.ff(op, h)))  # type: ignore[no-any-return]
+
+
+class PixArtTransformer(Module):
+    """The whole network; `forward` takes the inputs of `build_transformer`'s Component in their order."""
+
+    def __init__(self, c: Mapping[str, Any], compression: KVCompression | None) -> None:
+        super().__init__()
+        width, self.patch_size = c["num_attention_heads"] * c["attention_head_dim"], c["patch_size"]
+        self.out_channels = c["out_channels"]
+        self.pos_embed = PatchEmbed(c["in_channels"], width, self.patch_size)
+        self.adaln_single = AdaLayerNormSingle(width, size_conditions=c["use_additional_conditions"])
+        self.projects_caption = c["caption_channels"] is not None
+        if self.projects_caption:
+            self.caption_projection = TextProjection(c["caption_channels"], width)
+        self.transformer_blocks = ModuleList(
+            [
+                PixArtBlock(c, compression if compression is not None and i in compression.layers else None)
+                for i in range(c["num_layers"])
+            ]
+        )
+        self.norm_out = LayerNorm(width, _FINAL_NORM_EPS, affine=False)
+        self.scale_shift_table = Parameter([2, width])
+        self.proj_out = Linear(width, self.patch_size**2 * self.out_channels)
+
+    def forward(
+        self,
+        op: Op,
+        latents: Value,
+        timestep: Value,
+        encoder_hidden_states: Value,
+        encoder_attention_mask: Value,
+        pos_embed: Value,
+        resolution: Value | None = None,
+        aspect_ratio: Value | None = None,
+    ) -> Value:
+        size = spatial_shape(op, latents)
+        grid = op.Div(size, int64s(op, self.patch_size))
+        x = self.pos_embed(op, latents, pos_embed)
+        modulation, embedded = self.adaln_single(op, timestep, resolution, aspect_ratio)
+        text = encoder_hidden_states
+        if self.projects_caption:
+            text = self.caption_projection(op, text)
+        text_bias = padding_bias(op, encoder_attention_mask, x)
+        for block in self.transformer_blocks:
+            x = block(op, x, text, text_bias, modulation, grid)
+        shift, scale = table_rows(op, self.scale_shift_table, op.Unsqueeze(embedded, int64s(op, 1)), 2)
+        x = self.proj_out(op, modulate(op, self.norm_out(op, x), shift, scale))
+        return unpatchify(op, x, grid, size, patch_size=self.patch_size, channels=self.out_channels)
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every value that the class derives from another; refuses what the graph cannot do."""
+    c = resolve(config, _DEFAULTS, optional=_OPTIONAL, allowed=_ALLOWED)
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    if c["out_channels"] is None:
+        c["out_channels"] = c["in_channels"]
+    if c["use_additional_conditions"] is None:
+        c["use_additional_conditions"] = c["sample_size"] == 128
+    if c["interpolation_scale"] is None:
+        c["interpolation_scale"] = max(c["sample_size"] // 64, 1)
+    if c["use_additional_conditions"] and width % 3:
+        raise ConversionError(
+            f"use_additional_conditions=True is not supported at width {width}: picture height, picture width and aspect "
+            "ratio each take a third of it"
+        )
+    if c["caption_channels"] is not None and c["cross_attention_dim"] != width:
+        raise ConversionError(
+            f"cross_attention_dim={c['cross_attention_dim']!r} is not supported: with caption_channels it must be the "
+            f"width of the network, {width}"
+        )
+    return c
+
+
+def build_transformer(config: Mapping[str, Any]) -> Component:
+    """PixArt of a diffusers `config.json` (PixArtTransformer2DModel); output [batch, out_channels, height, width].
+
+    `kv_compress_config` {"sampling", "scale_factor", "kv_compress_layer"} asks for PixArt-Sigma's compressed keys and
+    values, which diffusers' class lacks; the blocks then have the parameters `attn1.sr` and `attn1.norm` besides.
+    A learned variance (`learned_sigma`) is the second half of the output's channels; the runtime drops it.
+    Height and width must be multiples of patch_size. Raises ConversionError for what the graph cannot represent.
+    """
+    c = _resolve(config)
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    positions = sincos_positions(width, c["sample_size"], c["patch_size"], c["interpolation_scale"])
+    text_channels = c["cross_attention_dim"] if c["caption_channels"] is None else c["caption_channels"]
+    conditions: tuple[TensorSpec, ...] = ()
+    if c["use_additional_conditions"]:
+        conditions = (
+            TensorSpec("resolution", "float32", ("batch", 2)),
+            TensorSpec("aspect_ratio", "float32", ("batch", 1)),
+        )
+    return Component(
+        name="transformer",
+        architecture="PixArtTransformer2DModel",
+        module=PixArtTransformer(c, KVCompression.from_config(c["kv_compress_config"], c["num_layers"])),
+        inputs=transformer_inputs(c["in_channels"], text_channels, positions, *conditions),
+        outputs=(TensorSpec("prediction", "float32", ("batch", c["out_channels"], "height", "width")),),
+        drop=_DROP,
+        runtime={
+            "patch_size": c["patch_size"],
+            "in_channels": c["in_channels"],
+            "out_channels": c["out_channels"],
+            "learned_sigma": c["out_channels"] == 2 * c["in_channels"],
+            "sample_size": c["sample_size"],
+            "positions": positions,
+            "resolution_aspect_ratio": c["use_additional_conditions"],
+            "guidance_embeds": False,
+            "guidance_embeds_scale": None,
+            "timestep_scale": 1.0,
+            "caption_channels": text_channels,
+        },
+    )
