@@ -1,0 +1,71 @@
+"""Lowering to ONNX Runtime: the canonical graph with its weights in one memory-mappable file, and a CPU form that shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from edgedit.converters.passes.fuse_cpu import FuseForCpu
+from edgedit.converters.passes.store_half import StoreHalf
+from edgedit.errors import ConversionError
+
+__all__ = ["DTYPES", "OnnxArtefact", "write"]
+
+DTYPES = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class OnnxArtefact:
+    """Files of one component, relative to the bundle. `fused_graph` is None when the CPU form would be the same graph."""
+
+    precision: str
+    graph: str
+    fused_graph: str | None
+    files: tuple[str, ...]
+
+
+def write(
+    model: ir.Model,
+    root: Path,
+    component: str,
+    *,
+    dtype: str,
+    folder: str = "onnx",
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> OnnxArtefact:
+    """Write FOLDER/COMPONENT.onnx, its weights and its CPU form under `root`. Weights are read one at a time.
+
+    Args:
+        dtype: "fp32", or "fp16" for weights stored as float16 (arithmetic stays float32).
+        on_tensor: told (weights written, weights in all).
+
+    Raises:
+        ConversionError: a weight does not fit into float16.
+    """
+    if dtype == "fp16":
+        StoreHalf()(model)
+    place = root / folder
+    place.mkdir(parents=True, exist_ok=True)
+    graph, data, fused = place / f"{component}.onnx", f"{component}.onnx.data", place / f"{component}.cpu.onnx"
+    callback = None if on_tensor is None else (lambda _, info: on_tensor(info.index + 1, info.total))
+    try:
+        ir.save(model, graph, external_data=data, size_threshold_bytes=256, callback=callback)
+    except OverflowError as error:
+        raise ConversionError(
+            f"{component}: weight {error} does not fit into float16; convert with --dtype fp32"
+        ) from error
+    files = [graph] + ([place / data] if (place / data).exists() else [])
+    cpu = ir.load(graph)
+    modified = FuseForCpu()(cpu).modified
+    if modified:
+        ir.save(cpu, fused)
+        files.append(fused)
+    return OnnxArtefact(
+        precision=dtype,
+        graph=graph.relative_to(root).as_posix(),
+        fused_graph=fused.relative_to(root).as_posix() if modified else None,
+        files=tuple(f.relative_to(root).as_posix() for f in files),
+    )

@@ -1,0 +1,436 @@
+"""Prompt → picture: encode, sample, decode. Components are opened when they are needed and freed when memory is short."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import numpy as np
+from PIL import Image
+
+from edgedit import image as images
+from edgedit.bundle import Bundle
+from edgedit.denoise import StepState, StoppedByCallback, denoise
+from edgedit.device import available_memory, cache_dir
+from edgedit.embeddings import EmbeddingCache, PromptEmbedding, stack
+from edgedit.errors import BundleError, InputError
+from edgedit.guidance import Guidance
+from edgedit.noise import Noise, make_noise
+from edgedit.positions import pos_embed_table
+from edgedit.recipes import Recipe
+from edgedit.solvers import make_solver
+from edgedit.text import Tokenizer
+
+if TYPE_CHECKING:
+    from edgedit.manifest import Latents
+    from edgedit.runtimes.base import Runtime, Session
+
+__all__ = ["Pipeline", "Result"]
+
+#: Text encoders above this size have their embeddings cached on disk.
+CACHE_ENCODERS_OVER = 100 << 20
+#: Latent tokens up to which guidance runs as one batch of two; above, two passes are as fast and need half the memory.
+GUIDANCE_BATCH_TOKENS = 1024
+
+OnStep = Callable[[StepState], bool | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `Pipeline.generate` returns.
+
+    Attributes:
+        images: finished pictures, one a seed.
+        latents: float32 [n, C, H, W], as diffusers returns them with output_type="latent".
+        recipes: everything that is needed to draw each picture again.
+        stopped: True when the step callback stopped the run; only the pictures finished before are here.
+    """
+
+    images: list[Image.Image]
+    latents: np.ndarray
+    recipes: list[dict[str, Any]]
+    stopped: bool = False
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Recipe of the first picture."""
+        return self.recipes[0]
+
+
+@dataclass
+class Pipeline:
+    """A bundle, open on one backend. Use `edgedit.load`.
+
+    Attributes:
+        low_ram: keep one component in memory at a time. None decides by the free memory when components are opened.
+        use_cache: keep prompt embeddings of large text encoders on disk between runs.
+        on_stage: told "load COMPONENT", "encode", "denoise 1/3", "decode 1/3" as they begin.
+    """
+
+    bundle: Bundle
+    runtime: Runtime
+    low_ram: bool | None = None
+    use_cache: bool = True
+    on_stage: Callable[[str], None] | None = None
+    _sessions: dict[str, Session] = field(default_factory=dict, repr=False)
+    _embeddings: dict[str, PromptEmbedding] = field(default_factory=dict, repr=False)
+    _tokenizer: Tokenizer | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free every component."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    def _stage(self, name: str) -> None:
+        if self.on_stage is not None:
+            self.on_stage(name)
+
+    def _weights_size(self, component: str) -> int:
+        artefact = self.bundle.component(component).artefacts[self.runtime.name]
+        return sum(self.bundle.manifest.files[path].size for path in artefact.files)
+
+    def _one_at_a_time(self) -> bool:
+        if self.low_ram is not None:
+            return self.low_ram
+        free = available_memory()
+        total = sum(self._weights_size(name) for name in self.bundle.manifest.components)
+        return free is not None and total > 0.4 * free
+
+    def _session(self, component: str) -> Session:
+        if component not in self._sessions:
+            self.bundle.component(component)
+            if self._one_at_a_time():
+                self.close()
+            self._stage(f"load {component}")
+            self._sessions[component] = self.runtime.open(component)
+        return self._sessions[component]
+
+    @property
+    def latent_space(self) -> Latents:
+        """The manifest's latent space. Raises BundleError when the bundle has none."""
+        latents = self.bundle.manifest.latents
+        if latents is None:
+            raise BundleError(f"{self.bundle.path.name} has no autoencoder, so it draws no pictures; convert the whole pipeline folder")
+        return latents
+
+    def encode_prompt(self, prompt: str, *, negative: bool = False) -> PromptEmbedding:
+        """Encode one prompt by the bundle's recipe (template, case folding, token limit).
+
+        Args:
+            negative: encode it as a negative prompt, for which SANA's instruction prefix is left out.
+
+        Raises:
+            InputError: not a string.
+            BundleError: the bundle has no text encoder or tokenizer.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"the prompt must be a string, not {type(prompt).__name__}")
+        key = f"{int(negative)}{prompt}"
+        if key not in self._embeddings:
+            if len(self._embeddings) >= 256:
+                self._embeddings.clear()
+            self._embeddings[key] = self._encode(prompt, negative)
+        return self._embeddings[key]
+
+    def _encode(self, prompt: str, negative: bool) -> PromptEmbedding:
+        recipe = self.bundle.manifest.prompt
+        if recipe is None:
+            raise BundleError(f"{self.bundle.path.name} has no text encoder; pass embeddings to predict() instead")
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.bundle.file(recipe.tokenizer), recipe)
+        tokens = self._tokenizer.encode(prompt, negative=negative).without_padding()
+        states = self._hidden_states(tokens.ids[None])
+        if tokens.select is not None:
+            states = states[:, tokens.select]
+        return PromptEmbedding(
+            hidden_states=np.ascontiguousarray(states),
+            attention_mask=np.ones(states.shape[:2], np.float32),
+            cut=tokens.cut,
+            unknown=tuple(tokens.unknown),
+        )
+
+    def _hidden_states(self, ids: np.ndarray) -> np.ndarray:
+        cache = EmbeddingCache(cache_dir() / "embeddings") if self.use_cache else None
+        if self._weights_size("text_encoder") < CACHE_ENCODERS_OVER:
+            cache = None
+        artefact = self.bundle.component("text_encoder").artefacts[self.runtime.name]
+        identity = ",".join(self.bundle.manifest.files[path].sha256 for path in artefact.files)
+        states = cache.get(identity, ids) if cache else None
+        if states is None:
+            session = self._session("text_encoder")
+            self._stage("encode")
+            states = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["hidden_states"]
+            if cache:
+                cache.put(identity, ids, states)
+        return states
+
+    def predict(
+        self,
+        *,
+        latents: np.ndarray,
+        timestep: float | np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        encoder_attention_mask: np.ndarray | None = None,
+        **conditions: np.ndarray,
+    ) -> np.ndarray:
+        """One raw call of the transformer: all output channels, nothing scaled, nothing guided.
+
+        Args:
+            latents: float32 [B, C, H, W].
+            timestep: a number, or float32 [B].
+            encoder_hidden_states: float32 [B, L, D].
+            encoder_attention_mask: float32 [B, L], 1 keep, 0 discard; all ones by default.
+            conditions: further inputs that the component's manifest entry lists (`resolution`, `aspect_ratio`, `guidance`); `pos_embed` is
+                computed from the manifest when it is not given.
+
+        Raises:
+            InputError: shapes that do not fit together, or a condition that this transformer does not take.
+        """
+        entry = self.bundle.component("transformer")
+        latents = np.ascontiguousarray(latents, np.float32)
+        if latents.ndim != 4:
+            raise InputError(f"latents must be [batch, channels, height, width], not {list(latents.shape)}")
+        batch, _, height, width = latents.shape
+        patch = int(entry.config.get("patch_size", 1))  # type: ignore[call-overload]
+        if height % patch or width % patch:
+            raise InputError(f"latents of {height}×{width} do not divide into patches of {patch}×{patch}")
+        states = np.ascontiguousarray(encoder_hidden_states, np.float32)
+        mask = np.ones(states.shape[:2], np.float32) if encoder_attention_mask is None else encoder_attention_mask
+        inputs: dict[str, np.ndarray] = {
+            "latents": latents,
+            "timestep": np.broadcast_to(np.asarray(timestep, np.float32), (batch,)).copy(),
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": np.ascontiguousarray(mask, np.float32),
+            **{name: np.ascontiguousarray(value, np.float32) for name, value in conditions.items()},
+        }
+        wanted = {spec.name for spec in entry.inputs}
+        if "pos_embed" in wanted and "pos_embed" not in inputs:
+            positions = self.bundle.manifest.positions
+            if positions is None:
+                raise BundleError(f"{self.bundle.path.name}: the manifest does not say how positions are computed")
+            inputs["pos_embed"] = pos_embed_table(asdict(positions), height, width)
+        return self._session("transformer").run(inputs)["prediction"]
+
+    def denoise(
+        self,
+        latents: np.ndarray,
+        prompt: PromptEmbedding,
+        negative: PromptEmbedding | None,
+        recipe: Recipe,
+        noise: Noise,
+        *,
+        start: int = 0,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Denoise `latents` (as scaled by the schedule for entry `start`) and return them in the autoencoder's space.
+
+        `negative` may be None when the recipe's guidance scale is at most 1 or guidance is embedded.
+        """
+        manifest, space = self.bundle.manifest, self.latent_space
+        guidance = Guidance.from_manifest(manifest.guidance)
+        schedule = recipe.schedule
+        solver = make_solver(schedule.sampler, schedule)
+        conditions = self._conditions(recipe, guidance)
+        tokens = latents.shape[2] * latents.shape[3] // space.patch_size**2
+
+        def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
+            out = self.predict(latents=x, timestep=t, encoder_hidden_states=states, encoder_attention_mask=mask, **extra)
+            return out[:, : space.channels]
+
+        def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
+            if not guided or negative is None:
+                return one(x, t, prompt.hidden_states, prompt.attention_mask), None
+            if tokens <= GUIDANCE_BATCH_TOKENS and not self._one_at_a_time():
+                both = one(np.concatenate([x, x]), t, *stack([prompt, negative]))
+                return both[:1], both[1:]
+            return (
+                one(x, t, prompt.hidden_states, prompt.attention_mask),
+                one(x, t, negative.hidden_states, negative.attention_mask),
+            )
+
+        return denoise(
+            predict,
+            schedule,
+            solver,
+            latents,
+            noise,
+            guidance=guidance,
+            guidance_scale=recipe.guidance_scale,
+            guidance_interval=recipe.guidance_interval,
+            start=start,
+            on_step=on_step,
+        )
+
+    def _conditions(self, recipe: Recipe, guidance: Guidance) -> dict[str, np.ndarray]:
+        conditions: dict[str, np.ndarray] = {}
+        wanted = {spec.name for spec in self.bundle.component("transformer").inputs}
+        if "resolution" in wanted:
+            conditions["resolution"] = np.array([[recipe.height, recipe.width]], np.float32)
+            conditions["aspect_ratio"] = np.array([[recipe.height / recipe.width]], np.float32)
+        if "guidance" in wanted:
+            conditions["guidance"] = np.array([guidance.embedded(recipe.guidance_scale)], np.float32)
+        return conditions
+
+    @overload
+    def decode(self, latents: np.ndarray, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
+    @overload
+    def decode(self, latents: np.ndarray, *, output: Literal["array"]) -> np.ndarray: ...
+    def decode(self, latents: np.ndarray, *, output: Literal["pil", "array"] = "pil") -> list[Image.Image] | np.ndarray:
+        """Decode latents [B, C, H, W] (as diffusers returns them) to pictures, or to float32 NCHW in [-1, 1]."""
+        if output not in ("pil", "array"):
+            raise InputError(f"output must be 'pil' or 'array', not {output!r}")
+        space = self.latent_space
+        latents = np.asarray(latents, np.float32)
+        if latents.ndim != 4 or latents.shape[1] != space.channels:
+            raise InputError(f"latents must be [batch, {space.channels}, height, width], not {list(latents.shape)}")
+        if not np.isfinite(latents).all():
+            raise InputError("the latents hold values that are not numbers; nothing was decoded")
+        session = self._session("decoder")
+        scaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
+        pictures = [session.run({"latents": scaled[i : i + 1]})["image"] for i in range(len(scaled))]
+        array = np.clip(np.concatenate(pictures), -1.0, 1.0)
+        return array if output == "array" else images.to_uint8(array)
+
+    def encode_image(self, image: Image.Image | str | Path, *, width: int, height: int) -> np.ndarray:
+        """Picture → latents [1, C, H, W] in the transformer's space; the posterior's mean where the encoder gives one."""
+        space = self.latent_space
+        picture = image if isinstance(image, Image.Image) else images.open_image(image)
+        outputs = self._session("encoder").run({"image": images.from_image(picture, width, height)})
+        latents = outputs["latents"] if "latents" in outputs else outputs["moments"][:, : space.channels]
+        return (latents - np.float32(space.shift_factor)) * np.float32(space.scaling_factor)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        sampler: str | None = None,
+        sigmas: Sequence[float] | None = None,
+        rng: str = "philox",
+        latents: np.ndarray | None = None,
+        image: Image.Image | str | Path | None = None,
+        strength: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Result:
+        """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
+
+        Args:
+            seed: one or several; None draws a random one, which the recipe tells. Pictures do not depend on what else is in the run.
+            latents: starting noise [1, C, H, W] of unit variance, as diffusers takes it; `seed` then only feeds noise drawn later.
+            image, strength: start from a picture, `strength` (0, 1] of the way back to noise (0.6 by default).
+            rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
+            on_step: called after each network evaluation; returning False stops the run.
+
+        Raises:
+            InputError: a setting that this model cannot honour, named.
+        """
+        recipe = Recipe.resolve(
+            self.bundle,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            width=width,
+            height=height,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,
+            sigmas=sigmas,
+            rng=rng,
+            strength=strength,
+            has_image=image is not None,
+            has_latents=latents is not None,
+        )
+        seeds = _seeds(seed)
+        start_latents = self._start_latents(latents, recipe)
+        guided = Guidance.from_manifest(self.bundle.manifest.guidance).needs_negative(recipe.guidance_scale)
+        positive = self.encode_prompt(prompt)
+        negative = self.encode_prompt(recipe.negative_prompt, negative=True) if guided else None
+        reference = None if image is None else self.encode_image(image, width=recipe.width, height=recipe.height)
+
+        finished: list[np.ndarray] = []
+        stopped = False
+        for index, value in enumerate(seeds):
+            noise = make_noise(rng, value)
+            self._session("transformer")
+            self._stage(f"denoise {index + 1}/{len(seeds)}")
+            first = start_latents if start_latents is not None else noise.normal(recipe.latents_shape)
+            start = 0
+            if reference is not None:
+                start = recipe.schedule.start_at(recipe.strength or 1.0)
+                first = recipe.schedule.add_noise(reference, first, start)
+            else:
+                first = first * np.float32(recipe.schedule.init_noise_scale)
+            callback = None if on_step is None else partial(_with_picture, on_step, self._preview, index, value)
+            try:
+                finished.append(self.denoise(first, positive, negative, recipe, noise, start=start, on_step=callback))
+            except StoppedByCallback:
+                stopped = True
+                break
+        pictures = []
+        for index, result in enumerate(finished):
+            self._session("decoder")
+            self._stage(f"decode {index + 1}/{len(finished)}")
+            pictures += self.decode(result)
+        description = {**self.runtime.describe()}
+        return Result(
+            images=pictures,
+            latents=np.concatenate(finished) if finished else np.zeros((0, *recipe.latents_shape[1:]), np.float32),
+            recipes=[recipe.as_dict(self.bundle, seed=value, runtime=description) for value in seeds[: len(finished)]],
+            stopped=stopped,
+        )
+
+    def _preview(self, x0: np.ndarray) -> Image.Image | None:
+        preview = self.latent_space.preview
+        if preview is None:
+            return None
+        return images.latent_preview(x0, np.array(preview.factors), np.array(preview.bias))
+
+    def _start_latents(self, latents: np.ndarray | None, recipe: Recipe) -> np.ndarray | None:
+        if latents is None:
+            return None
+        latents = np.asarray(latents, np.float32)
+        if latents.shape != recipe.latents_shape:
+            raise InputError(
+                f"latents of shape {list(latents.shape)} do not fit {recipe.width}×{recipe.height}; expected {list(recipe.latents_shape)}"
+            )
+        if not np.isfinite(latents).all():
+            raise InputError("the latents hold values that are not numbers")
+        return latents
+
+
+def _with_picture(
+    on_step: OnStep, preview: Callable[[np.ndarray], Image.Image | None], index: int, seed: int, state: StepState
+) -> bool | None:
+    return on_step(replace(state, index=index, seed=seed, preview=partial(preview, state.x0)))
+
+
+def _seeds(seed: int | Sequence[int] | None) -> list[int]:
+    if seed is None:
+        return [secrets.randbelow(2**32)]
+    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    if not seeds:
+        raise InputError("no seed given; leave `seed` out for a random one")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+            raise InputError(f"a seed is a whole number from 0 to 2^64 - 1, not {value!r}")
+    return [int(value) for value in seeds]
+

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from edgedit.converters.passes.fuse_cpu import FuseForCpu
+
+
+def attention_model(**attributes: float) -> onnx.ModelProto:
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("q", "k", "v", "bias")]
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    node = onnx.helper.make_node("Attention", ["q", "k", "v", "bias"], ["y"], name="attention", **attributes)
+    graph = onnx.helper.make_graph([node], "g", values, [output])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_fused_attention_agrees_with_torch(tmp_path: Path, scaled: bool) -> None:
+    batch, heads, width, queries, keys = (random.randint(1, 9) for _ in range(5))
+    scale = random.uniform(0.1, 2.0)
+    extra = {"scale": scale} if scaled else {}
+    model = ir.from_proto(attention_model(q_num_heads=heads, kv_num_heads=heads, **extra))
+    fuse = FuseForCpu()
+    assert fuse(model).modified
+    assert fuse.changes == {"MultiHeadAttention": 1}
+    ir.save(model, tmp_path / "fused.onnx")
+    q, k, v = (torch.randn(batch, n, heads * width) for n in (queries, keys, keys))
+    bias = torch.randn(batch, 1, queries, keys)
+    session = ort.InferenceSession(str(tmp_path / "fused.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"q": q.numpy(), "k": k.numpy(), "v": v.numpy(), "bias": bias.numpy()})
+    split = [t.unflatten(-1, (heads, width)).transpose(1, 2) for t in (q, k, v)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*split, attn_mask=bias, scale=scale if scaled else None)
+    wanted = wanted.transpose(1, 2).flatten(2)
+    assert np.abs(found - wanted.numpy()).max() < 1e-5, (batch, heads, width, queries, keys, scale)
+
+
+@pytest.mark.parametrize("attributes", [{"kv_num_heads": 2}, {"is_causal": 1}, {"softcap": 30.0}])
+def test_attention_that_the_kernel_cannot_do_is_left_alone(attributes: dict[str, float]) -> None:
+    model = ir.from_proto(attention_model(**{"q_num_heads": 4, "kv_num_heads": 4, **attributes}))
+    assert not FuseForCpu()(model).modified
+    assert [node.op_type for node in model.graph] == ["Attention"]

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import edgedit
+from edgedit.errors import BundleError, CheckpointError, ConversionError
+
+Saved = Callable[[str], tuple[Any, Path, int]]
+
+
+@pytest.fixture
+def checkpoint(saved_pipeline: Saved, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved_pipeline("pixart-sigma")[1], tmp_path / "checkpoint"))
+
+
+def weights(checkpoint: Path, component: str = "transformer") -> Path:
+    return next((checkpoint / component).glob("*.safetensors"))
+
+
+def test_a_bundle_accounts_for_every_parameter_of_every_component(saved_pipeline: Saved, tmp_path: Path) -> None:
+    pipeline, folder, _ = saved_pipeline("pixart-sigma")
+    report = edgedit.convert(folder, tmp_path / "x.edgedit")
+    found = {c.name: c.parameters for c in report.components}
+    transformer, vae = pipeline.transformer, pipeline.vae
+    assert found["transformer"] == sum(p.numel() for p in transformer.parameters())
+    assert found["decoder"] + found["encoder"] == sum(p.numel() for p in vae.parameters())
+    assert found["text_encoder"] == sum(p.numel() for p in pipeline.text_encoder.parameters())
+    assert report.size == sum(c.size for c in report.components) > 0
+    assert json.loads(json.dumps(report.as_dict()))["family"] == "pixart-sigma"
+
+
+def test_converting_twice_gives_the_same_weights_and_graphs(saved_pipeline: Saved, tmp_path: Path) -> None:
+    folder = saved_pipeline("pixart-sigma")[1]
+    hashes = []
+    for name in ("a", "b"):
+        edgedit.convert(folder, tmp_path / f"{name}.edgedit", dtype="fp16")
+        manifest = json.loads((tmp_path / f"{name}.edgedit" / "manifest.json").read_text())
+        hashes.append({path: entry["sha256"] for path, entry in manifest["files"].items()})
+    assert hashes[0] == hashes[1]
+
+
+def test_half_precision_halves_the_weights_and_says_what_it_cost(saved_pipeline: Saved, tmp_path: Path) -> None:
+    folder = saved_pipeline("pixart-sigma")[1]
+    edgedit.convert(folder, tmp_path / "full.edgedit")
+    report = edgedit.convert(folder, tmp_path / "half.edgedit", dtype="fp16")
+
+    def data(name: str) -> int:
+        return (tmp_path / f"{name}.edgedit" / "onnx" / "transformer.onnx.data").stat().st_size
+
+    assert data("half") < 0.7 * data("full")
+    transformer = next(c for c in report.components if c.name == "transformer")
+    assert transformer.parity is not None
+    assert 1e-6 < transformer.parity["relative_l2"] < 1e-2
+
+
+def test_a_dry_run_reports_and_writes_nothing(saved_pipeline: Saved, tmp_path: Path) -> None:
+    report = edgedit.convert(saved_pipeline("sana")[1], tmp_path / "x.edgedit", dry_run=True)
+    assert {c.name for c in report.components} == {"transformer", "text_encoder", "decoder", "encoder"}
+    assert report.bundle is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transformer_alone_becomes_a_bundle_that_predicts(saved_pipeline: Saved, tmp_path: Path) -> None:
+    import torch
+
+    pipeline, folder, _ = saved_pipeline("pixart-sigma")
+    edgedit.convert(folder / "transformer", tmp_path / "x.edgedit")
+    latents, states = torch.randn(2, 4, 8, 12), torch.randn(2, 5, 24)
+    mask = torch.ones(2, 5)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        wanted = pipeline.transformer(
+            latents,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            timestep=torch.tensor([400.0, 400.0]),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0].numpy()
+    with edgedit.load(tmp_path / "x.edgedit") as pipe:
+        found = pipe.predict(
+            latents=latents.numpy(), timestep=400.0, encoder_hidden_states=states.numpy(), encoder_attention_mask=mask.numpy()
+        )
+        assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
+        with pytest.raises(BundleError, match="draws no pictures"):
+            pipe.generate("a red cat")
+        with pytest.raises(BundleError, match="no text encoder"):
+            pipe.encode_prompt("a red cat")
+
+
+def test_an_unknown_key_stops_the_conversion_and_is_listed_with_its_neighbour(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(weights(checkpoint))
+    tensors["transformer_blocks.0.attn1.to_qq.weight"] = tensors.pop("transformer_blocks.0.attn1.to_q.weight")
+    save_file(tensors, weights(checkpoint))
+    with pytest.raises(ConversionError) as caught:
+        edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+    assert "\n" not in str(caught.value)
+    assert "transformer_blocks.0.attn1.to_qq.weight" in caught.value.details
+    assert "transformer_blocks.0.attn1.to_q.weight" in caught.value.details
+    assert not (tmp_path / "x.edgedit").exists()
+
+
+def test_a_configuration_that_disagrees_with_the_weights_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(ConversionError) as caught:
+        edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+    assert "num_layers" in str(caught.value) + caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"to": ("tensorrt",)}, "unknown target 'tensorrt'; choose from: onnx"),
+        ({"dtype": "int3"}, "unknown dtype 'int3'; choose from: fp32, fp16"),
+        ({"components": ["unet"]}, "makes no component 'unet'; it makes: "),
+    ],
+)
+def test_an_option_that_is_not_known_is_refused(
+    saved_pipeline: Saved, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConversionError, match=message):
+        edgedit.convert(saved_pipeline("pixart-sigma")[1], tmp_path / "x.edgedit", **change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_pipeline_class_is_refused_with_what_is_known(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "CogView9Pipeline"}))
+    with pytest.raises((ConversionError, CheckpointError), match=r"CogView9Pipeline.*PixArtSigmaPipeline"):
+        edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+
+
+def test_an_unknown_component_class_is_refused_with_what_is_known(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "MyDiT"}))
+    index = checkpoint / "model_index.json"
+    found = json.loads(index.read_text())
+    index.write_text(json.dumps({**found, "transformer": ["diffusers", "MyDiT"]}))
+    with pytest.raises((ConversionError, CheckpointError), match="MyDiT"):
+        edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+
+
+def test_a_model_states_its_own_recommendation(checkpoint: Path, tmp_path: Path) -> None:
+    own = {"recommended": {"steps": 7, "guidance_scale": 2.5, "sampler": "euler"}, "prompt": {"max_length": 9}, "licence": "MIT"}
+    (checkpoint / "edgedit.json").write_text(json.dumps(own))
+    edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+    manifest = edgedit.load(tmp_path / "x.edgedit").bundle.manifest
+    assert manifest.recommended is not None
+    assert manifest.prompt is not None
+    assert (manifest.recommended.steps, manifest.recommended.guidance_scale, manifest.recommended.sampler) == (7, 2.5, "euler")
+    assert manifest.prompt.positive.max_length == 9
+    assert manifest.provenance.licence == "MIT"
+    (checkpoint / "edgedit.json").write_text('{"recommended": {"step": 3}}')
+    with pytest.raises(CheckpointError, match=r"edgedit.json: expected an object"):
+        edgedit.convert(checkpoint, tmp_path / "y.edgedit")
+
+
+def test_an_existing_bundle_is_kept_unless_told_otherwise(saved_pipeline: Saved, tmp_path: Path) -> None:
+    folder = saved_pipeline("pixart-sigma")[1]
+    edgedit.convert(folder, tmp_path / "x.edgedit")
+    before = (tmp_path / "x.edgedit" / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match="overwrite"):
+        edgedit.convert(folder, tmp_path / "x.edgedit")
+    assert (tmp_path / "x.edgedit" / "manifest.json").read_bytes() == before
+    edgedit.convert(folder, tmp_path / "x.edgedit", overwrite=True, dtype="fp16")
+    assert (tmp_path / "x.edgedit" / "manifest.json").read_bytes() != before
