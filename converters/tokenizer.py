@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-from tokenizers import processors
 
 from edgedit.converters.sentencepiece_model import tokenizer_json_from_spiece
 from edgedit.errors import CheckpointError
@@ -36,10 +35,9 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer:
     config = _read_config(folder / "special_tokens_map.json") | _read_config(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
     if path.is_file():
-        source = path.read_text(encoding="utf-8", errors="replace")
+        source = _read_text(path)
     elif (path := folder / "spiece.model").is_file():
-        extra_ids = config.get("extra_ids", 100)
-        source = tokenizer_json_from_spiece(path, extra_ids=extra_ids if isinstance(extra_ids, int) else 100)
+        source = tokenizer_json_from_spiece(path, extra_ids=_extra_ids(config, folder))
     else:
         raise CheckpointError(
             f"{folder}: has neither tokenizer.json nor spiece.model; save the tokenizer with transformers "
@@ -51,16 +49,13 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not a tokenizer ({reason}); fetch it again") from None
     padding = (backend.padding or {}).get("pad_token", "<pad>")
-    if config.keys() & {"add_bos_token", "add_eos_token"}:
-        _add_ends(backend, config, folder)
-    backend.no_truncation()
-    backend.no_padding()
     pad_token = _token(config, "pad_token", padding)
     pad_token_id = backend.token_to_id(pad_token)
     if pad_token_id is None:
         raise CheckpointError(f"{folder}: the padding token {pad_token!r} is not in the vocabulary; fetch it again")
-    unk_token_id = backend.token_to_id(_token(config, "unk_token", "<unk>"))
-    return CheckpointTokenizer(backend.to_str(), pad_token_id, unk_token_id)
+    # Not written by the library, which would round the scores of a unigram vocabulary and so break ties another way.
+    text = json.dumps({**json.loads(source), "truncation": None, "padding": None}, ensure_ascii=False)
+    return CheckpointTokenizer(text, pad_token_id, backend.token_to_id(_token(config, "unk_token", "<unk>")))
 
 
 def prompt_recipe(
@@ -102,32 +97,30 @@ def prompt_recipe(
     }
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: cannot be read as UTF-8 text; fetch it again") from None
+
+
+def _extra_ids(config: dict[str, object], folder: Path) -> int:
+    value = config.get("extra_ids", 100)
+    if not isinstance(value, int) or not 0 <= value <= 10_000:
+        raise CheckpointError(f"{folder}: extra_ids {value!r} in tokenizer_config.json is no number of sentinels")
+    return value
+
+
 def _read_config(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(_read_text(path))
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: not a JSON object; fetch the tokenizer folder again")
     return config
-
-
-def _add_ends(backend: tokenizers.Tokenizer, config: dict[str, object], folder: Path) -> None:
-    """Makes the tokenizer begin and end texts as the configuration says, which for transformers counts more than what
-    `tokenizer.json` says (`TokenizersBackend.update_post_processor`)."""
-    template, special = ["$A"], []
-    for key, at in (("bos_token", 0), ("eos_token", 2)):  # insert(2) appends, with or without a first token
-        token = _token(config, key, "")
-        if not config.get(f"add_{key}") or not token:
-            continue
-        token_id = backend.token_to_id(token)
-        if token_id is None:
-            raise CheckpointError(f"{folder}: the token {token!r} is not in the vocabulary; fetch the folder again")
-        template.insert(at, token)
-        special.append((token, token_id))
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
 def _token(config: dict[str, object], key: str, default: str) -> str:

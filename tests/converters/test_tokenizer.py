@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, trainers
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from transformers import GemmaTokenizer
 
 from edgedit.converters.tokenizer import read_tokenizer
@@ -31,16 +31,17 @@ def configure(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("begin", [None, True, False])
-@pytest.mark.parametrize("end", [None, True, False])
-def test_first_and_last_tokens_are_those_that_transformers_adds(
-    folder: Path, begin: bool | None, end: bool | None
-) -> None:
-    flags = {"add_bos_token": begin, "add_eos_token": end}
-    configure(folder, **{key: value for key, value in flags.items() if value is not None})
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("in_config", [True, False])
+def test_first_and_last_tokens_are_those_that_transformers_adds(folder: Path, in_file: bool, in_config: bool) -> None:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    single = "<bos> $A <eos>" if in_file else "$A"
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 2), ("<eos>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    configure(folder, add_bos_token=in_config, add_eos_token=in_config)
     reference = GemmaTokenizer.from_pretrained(folder)
     found = Tokenizer.from_str(read_tokenizer(folder).json)
-    for text in ("", "a red circle"):
+    for text in ("", "a red circle", "<bos> a</s>"):
         assert found.encode(text).ids == reference(text)["input_ids"]
 
 
@@ -48,7 +49,7 @@ def test_first_and_last_tokens_are_those_that_transformers_adds(
 @pytest.mark.parametrize("form", [str, lambda token: {"content": token, "special": True}])
 def test_the_padding_token_is_the_one_that_is_named(folder: Path, where: str, form: Any) -> None:
     assert read_tokenizer(folder).pad_token_id == 0
-    configure(folder, pad_token=None)
+    (folder / "tokenizer_config.json").unlink()
     (folder / where).write_text(json.dumps({"pad_token": form("<mask>"), "unk_token": form("<bos>")}))
     found = read_tokenizer(folder)
     assert (found.pad_token_id, found.unk_token_id) == (4, 2)
@@ -82,7 +83,6 @@ def test_truncation_and_padding_do_not_get_into_the_bundle(folder: Path) -> None
         ("tokenizer_config.json", "{", "not a JSON object"),
         ("tokenizer_config.json", "[]", "not a JSON object"),
         ("tokenizer_config.json", '{"pad_token": "<none>"}', "padding token '<none>' is not in the vocabulary"),
-        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<s>"}', "'<s>' is not in the vocabulary"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(

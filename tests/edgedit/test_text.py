@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, SanaPipeline, SanaSprintPipeline
+from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import GemmaTokenizer, T5Tokenizer
@@ -39,8 +40,9 @@ WORDS = [
         "straße",
         "İstanbul",
     ),
-    *("東京", "привет", "🦊", "3.5", "don't", "x<unk>", "</s>", "<eos>", "ﬁre", "  ", "\n", "\t", "ΑΣ", "zzz\u0301q"),
+    *("東京", "привет", "🦊", "3.5", "don't", "x<unk>", "</s>", "<eos>", "ﬁre", "  ", "\n", "\t", "ΑΣ", "q\u0301z"),
 ]
+diffusers_logging.set_verbosity_error()
 INSTRUCTION = ["Given a user prompt, draw:", "- a red circle", "User Prompt: "]
 Manifests = Callable[[random.Random], dict[str, Any]]
 PromptOf = Callable[[dict[str, object]], Prompt]
@@ -115,7 +117,7 @@ def load(tmp_path: Path, prompt_of: PromptOf) -> Callable[..., Tokenizer]:
 
 
 def random_prompt(rng: random.Random) -> str:
-    length = rng.choice([0, 0, 1, 3, 10, 40, 400])
+    length = rng.choice([0, 0, 1, 3, 10, 40, 200])
     return rng.choice(["", " "]).join(rng.choices(WORDS, k=length)) + rng.choice(["", " ", "\u3000"])
 
 
@@ -141,10 +143,12 @@ def test_pixart_prompts_become_the_tokens_of_diffusers(
     cut = 0
     for _ in range(60):
         prompt, negative = random_prompt(rng), random_prompt(rng)
-        embeds, mask, negative_embeds, negative_mask = pipeline.encode_prompt(prompt, negative_prompt=negative)
+        embeds, mask, negative_embeds, negative_mask = pipeline.encode_prompt(
+            prompt, negative_prompt=negative, device="cpu", max_sequence_length=limit
+        )
         for text, found, found_mask in ((prompt, embeds, mask), (negative, negative_embeds, negative_mask)):
             tokens = tokenizer.encode(text, negative=text is negative)
-            assert seen(tokens) == both(found), repr(text)
+            assert seen(tokens) == both(found), ascii(text)
             assert seen(tokens)[1] == found_mask[0].tolist()
         cut += bool(tokenizer.encode(prompt).cut)
     assert cut > 0
@@ -176,7 +180,7 @@ def test_sana_prompts_become_the_tokens_of_diffusers(
             assert seen(found)[1] == negative_mask[0].tolist()
         else:
             embeds, mask = pipeline.encode_prompt(prompt, **options)
-        assert seen(tokenizer.encode(prompt)) == both(embeds), repr(prompt)
+        assert seen(tokenizer.encode(prompt)) == both(embeds), ascii(prompt)
         assert seen(tokenizer.encode(prompt))[1] == mask[0].tolist()
         assert len(seen(tokenizer.encode(prompt))[0]) == limit
 
@@ -323,7 +327,7 @@ def test_a_recipe_without_room_for_a_prompt_is_refused(t5_folder: Path, load: Ca
 
 
 def test_a_panic_of_the_library_is_a_damaged_tokenizer(t5_folder: Path, load: Callable[..., Tokenizer]) -> None:
-    class PanicException(BaseException):  # noqa: N818 - the name that the library gives it
+    class PanicException(BaseException):
         pass
 
     def panic(*_: object, **__: object) -> None:
