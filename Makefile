@@ -23,7 +23,7 @@ lint: $(VENV)/.test
 	@# mypy sees the folders where Python sees the packages
 	@mkdir -p build/types/edgedit && cd build/types/edgedit && for f in ../../../edgedit/*; do ln -sfn $$f .; done; \
 		for d in converters runtimes apps; do ln -sfn ../../../$$d $$d; done
-	MYPYPATH=build/types $(BIN)/mypy --strict -p edgedit
+	cd build/types && ../../$(BIN)/mypy --strict --config-file ../../pyproject.toml -p edgedit
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

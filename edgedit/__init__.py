@@ -1,8 +1,8 @@
 """edgedit: diffusion transformers that draw on your own machine.
 
-    import edgedit
-    with edgedit.load() as pipe:
-        pipe.generate("a red circle above a blue square", seed=1).images[0].save("scene.png")
+import edgedit
+with edgedit.load() as pipe:
+    pipe.generate("a red circle above a blue square", seed=1).images[0].save("scene.png")
 """
 
 from __future__ import annotations

@@ -108,7 +108,10 @@ def verify(
     threads: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> VerificationReport:
-    """Check a bundle's files and run its components against what the conversion recorded. See `edgedit.verification`."""
+    """Check a bundle's files and run its components against what the conversion recorded.
+
+    See `edgedit.verification`.
+    """
     report: VerificationReport = import_module("edgedit.verification").verify(
         BUILTIN if str(bundle) == "builtin" else bundle, backend=backend, threads=threads, on_progress=on_progress
     )

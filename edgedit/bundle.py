@@ -102,7 +102,10 @@ class Bundle:
 
     @property
     def model_hash(self) -> str:
-        """64 hexadecimal digits that change with any file of the bundle; found without reading the files."""
+        """64 hexadecimal digits that every copy of the model shares and that change with any of its files.
+
+        The SHA-256 of the lines `SHA256  PATH` of all files, in the order of the paths; no file is read.
+        """
         digest = hashlib.sha256()
         for path, entry in sorted(self.manifest.files.items()):
             digest.update(f"{entry.sha256}  {path}\n".encode())

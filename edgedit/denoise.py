@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from edgedit.schedules import Schedule
     from edgedit.solvers import Solver
 
-__all__ = ["Predict", "StepState", "StoppedByCallback", "denoise"]
+__all__ = ["Predict", "StepState", "StoppedError", "denoise"]
 
-#: (latents as the network takes them, timestep, guided?) → predictions [B, C, H, W] with the prompt and, if guided, without.
+#: (latents as the network takes them, timestep, guided?) → predictions [B, C, H, W] with the prompt and, if guided,
+#: without.
 Predict = Callable[[np.ndarray, float, bool], tuple[np.ndarray, np.ndarray | None]]
 
 
-class StoppedByCallback(EdgeditError):
+class StoppedError(EdgeditError):
     """The step callback returned False. `latents` are those of the last finished step."""
 
     def __init__(self, latents: np.ndarray) -> None:
@@ -43,7 +44,8 @@ class StepState:
         x0: the solver's estimate of the finished latents.
         index: which picture of the run this is, from 0.
         seed: its seed.
-        preview: a function that renders `x0` cheaply as a small PIL picture, or None where the bundle has no preview factors.
+        preview: a function that renders `x0` cheaply as a small PIL picture, or None where the bundle has no preview
+            factors.
     """
 
     step: int
@@ -72,11 +74,11 @@ def denoise(
 ) -> np.ndarray:
     """Run the solver from entry `start` of the schedule to its end and return the last latents, float32 [B, C, H, W].
 
-    Classifier-free guidance evaluates the network with and without the prompt while the step lies in `guidance_interval` (fractions of the
-    steps); outside it, and at a scale of at most 1, only with.
+    Classifier-free guidance evaluates the network with and without the prompt while the step lies in
+    `guidance_interval` (fractions of the steps); outside it, and at a scale of at most 1, only with.
 
     Raises:
-        StoppedByCallback: `on_step` returned False.
+        StoppedError: `on_step` returned False.
         EdgeditError: the network's output is not finite.
     """
     total = len(schedule)
@@ -103,5 +105,5 @@ def denoise(
                 x0=solver.x0,
             )
             if on_step(state) is False:
-                raise StoppedByCallback(latents)
+                raise StoppedError(latents)
     return latents

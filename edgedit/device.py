@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["available_memory", "cache_dir"]
+__all__ = ["available_memory", "cache_dir", "peak_memory"]
 
 
 def available_memory() -> int | None:
@@ -32,6 +32,16 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return free
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def cache_dir() -> Path:

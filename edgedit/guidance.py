@@ -63,7 +63,7 @@ class Guidance:
 
     @classmethod
     def from_manifest(cls, section: Any) -> Guidance:
-        """From the manifest's "guidance": the JSON object, or the parsed section (`kind`, `options`). Noneor None.
+        """From the manifest's "guidance": the JSON object, the parsed section (`kind`, `options`), or None.
 
         Raises `BundleError` for an unknown field or a value that is not allowed.
         """

@@ -1,4 +1,7 @@
-"""Prompt → picture: encode, sample, decode. Components are opened when they are needed and freed when memory is short."""
+"""Prompt → picture: encode, sample, decode.
+
+Components are opened when they are needed and freed when memory is short.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from PIL import Image
 
 from edgedit import image as images
 from edgedit.bundle import Bundle
-from edgedit.denoise import StepState, StoppedByCallback, denoise
+from edgedit.denoise import StepState, StoppedError, denoise
 from edgedit.device import available_memory, cache_dir
 from edgedit.embeddings import EmbeddingCache, PromptEmbedding, stack
 from edgedit.errors import BundleError, InputError
@@ -84,7 +87,9 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -122,7 +127,9 @@ class Pipeline:
         """The manifest's latent space. Raises BundleError when the bundle has none."""
         latents = self.bundle.manifest.latents
         if latents is None:
-            raise BundleError(f"{self.bundle.path.name} has no autoencoder, so it draws no pictures; convert the whole pipeline folder")
+            raise BundleError(
+                f"{self.bundle.path.name} has no autoencoder and draws no pictures; convert the whole pipeline folder"
+            )
         return latents
 
     def encode_prompt(self, prompt: str, *, negative: bool = False) -> PromptEmbedding:
@@ -192,8 +199,8 @@ class Pipeline:
             timestep: a number, or float32 [B].
             encoder_hidden_states: float32 [B, L, D].
             encoder_attention_mask: float32 [B, L], 1 keep, 0 discard; all ones by default.
-            conditions: further inputs that the component's manifest entry lists (`resolution`, `aspect_ratio`, `guidance`); `pos_embed` is
-                computed from the manifest when it is not given.
+            conditions: further inputs that the component's manifest entry lists (`resolution`, `aspect_ratio`,
+                `guidance`); `pos_embed` is computed from the manifest when it is not given.
 
         Raises:
             InputError: shapes that do not fit together, or a condition that this transformer does not take.
@@ -227,6 +234,59 @@ class Pipeline:
         self,
         latents: np.ndarray,
         prompt: PromptEmbedding,
+        negative: PromptEmbedding | None = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        sampler: str | None = None,
+        sigmas: Sequence[float] | None = None,
+        seed: int = 0,
+        rng: str = "philox",
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Unit noise [1, C, H, W] and encoded prompts → latents as `generate` returns them.
+
+        What is left out comes from the manifest's recommendation.
+
+        Args:
+            negative: the encoded negative prompt; by default that of the bundle, when guidance needs one.
+            seed: for the noise that some samplers draw on the way.
+
+        Raises:
+            InputError: a setting that this model cannot honour.
+            StoppedError: `on_step` returned False.
+        """
+        space = self.latent_space
+        if latents.ndim != 4:
+            raise InputError(f"latents must be [1, {space.channels}, height, width], not {list(latents.shape)}")
+        recipe = Recipe.resolve(
+            self.bundle,
+            prompt="",
+            negative_prompt=None,
+            steps=steps,
+            width=latents.shape[3] * space.scale_factor,
+            height=latents.shape[2] * space.scale_factor,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,
+            sigmas=sigmas,
+            rng=rng,
+            strength=None,
+            has_image=False,
+            has_latents=True,
+        )
+        start = self._start_latents(latents, recipe)
+        guidance = Guidance.from_manifest(self.bundle.manifest.guidance)
+        if negative is None and guidance.needs_negative(recipe.guidance_scale):
+            negative = self.encode_prompt(recipe.negative_prompt, negative=True)
+        first = start * np.float32(recipe.schedule.init_noise_scale)
+        return self._denoise(first, prompt, negative, recipe, make_noise(rng, _seeds(seed)[0]), on_step=on_step)
+
+    def _denoise(
+        self,
+        latents: np.ndarray,
+        prompt: PromptEmbedding,
         negative: PromptEmbedding | None,
         recipe: Recipe,
         noise: Noise,
@@ -234,10 +294,6 @@ class Pipeline:
         start: int = 0,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
-        """Denoise `latents` (as scaled by the schedule for entry `start`) and return them in the autoencoder's space.
-
-        `negative` may be None when the recipe's guidance scale is at most 1 or guidance is embedded.
-        """
         manifest, space = self.bundle.manifest, self.latent_space
         guidance = Guidance.from_manifest(manifest.guidance)
         schedule = recipe.schedule
@@ -247,7 +303,9 @@ class Pipeline:
 
         def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
             extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
-            out = self.predict(latents=x, timestep=t, encoder_hidden_states=states, encoder_attention_mask=mask, **extra)
+            out = self.predict(
+                latents=x, timestep=t, encoder_hidden_states=states, encoder_attention_mask=mask, **extra
+            )
             return out[:, : space.channels]
 
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -305,7 +363,7 @@ class Pipeline:
         return array if output == "array" else images.to_uint8(array)
 
     def encode_image(self, image: Image.Image | str | Path, *, width: int, height: int) -> np.ndarray:
-        """Picture → latents [1, C, H, W] in the transformer's space; the posterior's mean where the encoder gives one."""
+        """Picture → latents [1, C, H, W] in the transformer's space (the posterior's mean, where there is one)."""
         space = self.latent_space
         picture = image if isinstance(image, Image.Image) else images.open_image(image)
         outputs = self._session("encoder").run({"image": images.from_image(picture, width, height)})
@@ -334,8 +392,10 @@ class Pipeline:
         """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
 
         Args:
-            seed: one or several; None draws a random one, which the recipe tells. Pictures do not depend on what else is in the run.
-            latents: starting noise [1, C, H, W] of unit variance, as diffusers takes it; `seed` then only feeds noise drawn later.
+            seed: one or several; None draws a random one, which the recipe tells. Pictures do not depend on what else
+                is in the run.
+            latents: starting noise [1, C, H, W] of unit variance, as diffusers takes it; `seed` then only feeds noise
+                drawn later.
             image, strength: start from a picture, `strength` (0, 1] of the way back to noise (0.6 by default).
             rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
             on_step: called after each network evaluation; returning False stops the run.
@@ -360,7 +420,7 @@ class Pipeline:
             has_latents=latents is not None,
         )
         seeds = _seeds(seed)
-        start_latents = self._start_latents(latents, recipe)
+        start_latents = None if latents is None else self._start_latents(latents, recipe)
         guided = Guidance.from_manifest(self.bundle.manifest.guidance).needs_negative(recipe.guidance_scale)
         positive = self.encode_prompt(prompt)
         negative = self.encode_prompt(recipe.negative_prompt, negative=True) if guided else None
@@ -381,8 +441,8 @@ class Pipeline:
                 first = first * np.float32(recipe.schedule.init_noise_scale)
             callback = None if on_step is None else partial(_with_picture, on_step, self._preview, index, value)
             try:
-                finished.append(self.denoise(first, positive, negative, recipe, noise, start=start, on_step=callback))
-            except StoppedByCallback:
+                finished.append(self._denoise(first, positive, negative, recipe, noise, start=start, on_step=callback))
+            except StoppedError:
                 stopped = True
                 break
         pictures = []
@@ -404,13 +464,13 @@ class Pipeline:
             return None
         return images.latent_preview(x0, np.array(preview.factors), np.array(preview.bias))
 
-    def _start_latents(self, latents: np.ndarray | None, recipe: Recipe) -> np.ndarray | None:
-        if latents is None:
-            return None
+    @staticmethod
+    def _start_latents(latents: np.ndarray, recipe: Recipe) -> np.ndarray:
         latents = np.asarray(latents, np.float32)
         if latents.shape != recipe.latents_shape:
             raise InputError(
-                f"latents of shape {list(latents.shape)} do not fit {recipe.width}×{recipe.height}; expected {list(recipe.latents_shape)}"
+                f"latents of shape {list(latents.shape)} do not fit {recipe.width}×{recipe.height}; "
+                f"expected {list(recipe.latents_shape)}"
             )
         if not np.isfinite(latents).all():
             raise InputError("the latents hold values that are not numbers")
@@ -433,4 +493,3 @@ def _seeds(seed: int | Sequence[int] | None) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
             raise InputError(f"a seed is a whole number from 0 to 2^64 - 1, not {value!r}")
     return [int(value) for value in seeds]
-

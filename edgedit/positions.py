@@ -16,11 +16,11 @@ _PERIOD = 10000.0
 
 
 def pos_embed_table(positions: Mapping[str, Any], height: int, width: int) -> npt.NDArray[np.float32]:
-    """The sine-cosine table of a latent grid, float32 [1, tokens, dim] with tokens = (height / patch) · (width / patch).
+    """The sine-cosine table of a latent grid, float32 [1, tokens, dim]; tokens = (height / patch) · (width / patch).
 
-    `positions` is the manifest's object: `kind` "sincos_2d", `dim` (width of a token, a multiple of 4), `patch_size` and
-    `base_size` (patches a side of the training grid, onto which every grid is stretched; both in latent pixels and
-    patches), `interpolation_scale` (> 0, divides every position). `height` and `width` are in latent pixels.
+    `positions` is the manifest's object: `kind` "sincos_2d"; `dim`, the width of a token, a multiple of 4; `patch_size`
+    in latent pixels; `base_size`, a side of the training grid in patches, onto which every grid is stretched; and
+    `interpolation_scale` > 0, which divides every position. `height` and `width` are in latent pixels.
 
     Equal to the table of diffusers' PatchEmbed (`get_2d_sincos_pos_embed`), which follows Peebles and Xie, "Scalable
     Diffusion Models with Transformers" (2023), section 3.2, with the stretch of PixArt-alpha, section 2.3: half of the

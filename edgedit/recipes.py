@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Recipe:
         space, recommended, config = manifest.latents, manifest.recommended, manifest.schedule
         if space is None or recommended is None or config is None or manifest.prompt is None:
             raise BundleError(
-                f"{bundle.path.name} holds {', '.join(manifest.components)} only and draws no pictures; convert the whole pipeline folder"
+                f"{bundle.path.name} holds {', '.join(manifest.components)} only and draws no pictures; "
+                "convert the whole pipeline folder"
             )
         if not isinstance(prompt, str):
             raise InputError(f"the prompt must be a string, not {type(prompt).__name__}")
@@ -154,7 +156,7 @@ def _sigmas(values: Sequence[float] | None) -> tuple[float, ...] | None:
     result = tuple(float(v) for v in values)
     if not result or not all(math.isfinite(v) and v >= 0 for v in result) or result[0] == 0:
         raise InputError("sigmas must be numbers of at least 0, from the noisiest to the cleanest")
-    if any(b >= a for a, b in zip(result, result[1:], strict=False)):
+    if any(b >= a for a, b in itertools.pairwise(result)):
         raise InputError("sigmas must fall from step to step")
     return result
 
@@ -183,5 +185,7 @@ def _negative(value: str | None, default: str, guidance: Any) -> str:
     if value is not None and not isinstance(value, str):
         raise InputError(f"the negative prompt must be a string, not {type(value).__name__}")
     if value and (guidance is None or guidance.kind != "cfg"):
-        raise InputError("this model takes no negative prompt: it was distilled to run without classifier-free guidance")
+        raise InputError(
+            "this model takes no negative prompt: it was distilled to run without classifier-free guidance"
+        )
     return default if value is None else value

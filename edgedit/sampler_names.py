@@ -74,7 +74,7 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
     if spelling in _BY_SPELLING:
         return _BY_SPELLING[spelling], None
     for spacing in SIGMA_SPACINGS[1:]:
-        stem = spelling.removesuffix(spacing)
-        if stem != spelling and stem in _BY_SPELLING:
+        stem = _squash(spelling.removesuffix(spacing))
+        if spelling.endswith(spacing) and stem in _BY_SPELLING:
             return _BY_SPELLING[stem], spacing
     raise InputError(f"unknown sampler {name!r}; choose one of: {', '.join(SAMPLERS)}")

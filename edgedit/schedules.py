@@ -21,7 +21,7 @@ from edgedit.schedules_diffusers import schedule_config_from_diffusers
 from edgedit.schedules_flow import flow_levels, trigflow_levels
 from edgedit.schedules_vp import Levels, vp_levels
 
-__all__ = ["Schedule", "make_schedule", "schedule_config_from_diffusers", "schedule_json_schema"]
+__all__ = ["SAMPLERS_OF_PATH", "Schedule", "make_schedule", "schedule_config_from_diffusers", "schedule_json_schema"]
 
 _TRIGFLOW_SAMPLERS = ("scm", "euler", "dmd")
 _FLOW_SAMPLERS = ("euler", "euler_ancestral", "heun", "lcm", "dmd", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
@@ -38,7 +38,12 @@ _VP_SAMPLERS = (
     "tcd",
     "dmd",
 )
-SAMPLERS_OF_PATH = {"vp": _VP_SAMPLERS, "flow": _FLOW_SAMPLERS, "trigflow": _TRIGFLOW_SAMPLERS}
+SAMPLERS_OF_PATH: Mapping[str, tuple[str, ...]] = {
+    "vp": _VP_SAMPLERS,
+    "flow": _FLOW_SAMPLERS,
+    "trigflow": _TRIGFLOW_SAMPLERS,
+}
+"""Which samplers can run a model, by the path of its schedule object."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,8 @@ def _shifted(config: Mapping[str, Any], sigmas: NDArray[Any], mu: float | None) 
             sigmas = factor / (factor + (1 / sigmas - 1))
     if config["shift_terminal"]:
         rest = 1 - sigmas
-        sigmas = 1 - rest / (rest[-1:] / (1 - config["shift_terminal"]))
+        if rest[-1] > 0:  # a single step starts and ends at pure noise, which no stretch can move
+            sigmas = 1 - rest / (rest[-1:] / (1 - config["shift_terminal"]))
     return sigmas
 
 

@@ -25,7 +25,7 @@ def predict_x0(schedule: Schedule, i: int, latents: NDArray[Any], model_output: 
     alpha eps - sigma x0 (after scaling to alpha^2 + sigma^2 = 1, Salimans & Ho 2022).
     """
     x, out = latents, model_output.astype(latents.dtype)
-    alpha, sigma = float(schedule.alphas[i]), float(schedule.sigmas[i])
+    alpha, sigma = latents.dtype.type(schedule.alphas[i]), latents.dtype.type(schedule.sigmas[i])
     if schedule.prediction == "sample":
         return out
     if schedule.prediction == "epsilon":
@@ -33,7 +33,7 @@ def predict_x0(schedule: Schedule, i: int, latents: NDArray[Any], model_output: 
     if schedule.prediction == "flow":
         return np.asarray((x - sigma * out) / (alpha + sigma))
     norm = alpha * alpha + sigma * sigma
-    return np.asarray(x * alpha / norm - (sigma / norm**0.5) * out)
+    return np.asarray(out * (-sigma / np.sqrt(norm)) + x * alpha / norm)
 
 
 def slope_float32(x: Latents, x0: Latents, sigma: float) -> Latents:

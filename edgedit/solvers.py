@@ -1,7 +1,7 @@
 """Solvers: from the latent at one noise level to the latent at the next.
 
 `SOLVERS` lists them, `make_solver` makes one. Each is a small function of (x_t, x0 and its history, schedule, i,
-noise), computed in float64 (Euler and Heun: float32) and handed on in float32, and agrees with the diffusers scheduler
+noise), computed in float64 (on scaled latents float32) and handed on in float32. It agrees with the diffusers scheduler
 that it is named after to float32 rounding. The multistep ones and Heun are in `edgedit.solvers_multistep`.
 """
 
@@ -77,22 +77,32 @@ class EulerAncestral(Solver):
     paths = ("ve", "flow")
     accepts = ("eta",)
 
+    def __init__(self, schedule: Schedule, options: Mapping[str, Any]) -> None:
+        super().__init__(schedule, options)
+        if schedule.path == "ve":
+            self.precision = np.float32
+
     def _advance(self, i: int, x: Latents, x0: Latents, noise: NoiseSource) -> Latents:
         plan, eta = self.schedule, self._eta(1.0)
-        start, end = float(plan.sigmas[i]), float(plan.sigmas[i + 1])
-        flow = plan.path == "flow"
-        if flow:
-            if end < 1e-8:
-                return x0
-            down = end * (1.0 + (end / start - 1.0) * eta)
-            keep = (1.0 - end) / (1.0 - down)
-            up = max(end**2 - (down * keep) ** 2, 0.0) ** 0.5
-        else:
-            keep = 1.0
-            up = min(end, eta * (end**2 * (start**2 - end**2) / start**2) ** 0.5)
-            down = (end**2 - up**2) ** 0.5
+        if plan.path == "flow":
+            return self._advance_flow(float(plan.sigmas[i]), float(plan.sigmas[i + 1]), eta, x, x0, noise)
+        # float32, as in diffusers: the last difference cancels, and what is left shows in the result
+        start, end = np.float32(plan.sigmas[i]), np.float32(plan.sigmas[i + 1])
+        up = min(end, np.float32(eta) * np.sqrt(end**2 * (start**2 - end**2) / start**2))
+        down = np.sqrt(end**2 - up**2)
+        return np.asarray(x + slope_float32(x, x0, plan.sigmas[i]) * (down - start) + noise(x.shape) * up)
+
+    def _advance_flow(
+        self, start: float, end: float, eta: float, x: Latents, x0: Latents, noise: NoiseSource
+    ) -> Latents:
+        if end < 1e-8:
+            return x0
+        down = end * (1.0 + (end / start - 1.0) * eta)
+        keep = (1.0 - end) / (1.0 - down)
         result = keep * (x0 + (down / start) * (x - x0))
-        return result if flow and eta == 0 else result + up * noise(x.shape)
+        if eta == 0:
+            return np.asarray(result)
+        return np.asarray(result + max(end**2 - (down * keep) ** 2, 0.0) ** 0.5 * noise(x.shape))
 
 
 class DDPM(Solver):

@@ -61,8 +61,9 @@ def verify(
 ) -> VerificationReport:
     """Check every file's hash, then run every component on the inputs that the conversion recorded.
 
-    A component is compared with the outputs of its canonical fp32 graph, recorded at conversion. Where none were recorded
-    (large models, by default), the form that this backend runs is compared with the bundle's canonical graph, run here.
+    A component is compared with the outputs of its canonical fp32 graph, recorded at conversion. Where none were
+    recorded (large models, by default), the form that this backend runs is compared with the bundle's canonical graph,
+    run here.
 
     Raises:
         BundleError: a file is missing or damaged, or a component cannot be opened.
@@ -86,7 +87,9 @@ def verify(
             on_progress(name, index, len(bundle.manifest.components))
         check = _check(bundle, runtime, name)
         if check.agreement is None:
-            notes.append(f"{name}: the bundle holds no reference inputs, so only its files were checked; convert it again")
+            notes.append(
+                f"{name}: the bundle holds no reference inputs, so only its files were checked; convert it again"
+            )
         checks.append(check)
     return VerificationReport(bundle=bundle.path, files=total, components=checks, notes=notes)
 

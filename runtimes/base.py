@@ -81,5 +81,6 @@ def open_runtime(bundle: Bundle, backend: str = "auto", options: RuntimeOptions 
             return runtime
     has = sorted({name for component in components for name in component.artefacts})
     raise BundleError(
-        f"{bundle.path.name} has no artefacts for backend {backend!r} (it has: {', '.join(has) or 'none'}); convert it again with --to"
+        f"{bundle.path.name} has no artefacts for backend {backend!r} (it has: {', '.join(has) or 'none'}); "
+        "convert it again with --to"
     )

@@ -1,9 +1,8 @@
-"""ONNX Runtime: external weights memory-mapped, CPU form of a graph where it is faster, optimised graphs cached on request."""
+"""ONNX Runtime: weights memory-mapped, the CPU form of a graph if there is one, optimised graphs cached on request."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import tempfile
@@ -43,7 +42,9 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise RuntimeUnavailableError(f"onnxruntime cannot be imported ({error}); run: pip install onnxruntime") from error
+        raise RuntimeUnavailableError(
+            f"onnxruntime cannot be imported ({error}); run: pip install onnxruntime"
+        ) from error
     onnxruntime.set_default_logger_severity(3)
     return onnxruntime
 
@@ -51,7 +52,9 @@ def _onnxruntime() -> Any:
 class OnnxSession:
     """One component open in ONNX Runtime."""
 
-    def __init__(self, graph: Path, providers: Sequence[str], threads: int | None, cache: Path | None, label: str) -> None:
+    def __init__(
+        self, graph: Path, providers: Sequence[str], threads: int | None, cache: Path | None, label: str
+    ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -83,7 +86,9 @@ class OnnxSession:
         except Exception as error:
             message = _first_line(error)
             if "alloc" in message.lower() or isinstance(error, MemoryError):
-                raise BundleError(f"{self.label}: out of memory; try a smaller size or --low-ram ({message})") from error
+                raise BundleError(
+                    f"{self.label}: out of memory; try a smaller size or --low-ram ({message})"
+                ) from error
             raise InputError(f"{self.label}: ONNX Runtime stopped: {message}") from error
 
     def close(self) -> None:
@@ -98,8 +103,8 @@ def _first_line(error: BaseException) -> str:
 def _create(ort: Any, graph: Path, options: Any, providers: list[str], cache: Path | None) -> Any:
     """Create a session, through the cache of optimised graphs when there is one.
 
-    The optimised graph depends on ONNX Runtime's version and the processor, so both are part of its key. It is written beside its final
-    place and renamed, so that a run that dies leaves nothing half written.
+    The optimised graph depends on ONNX Runtime's version and the processor, so both are part of its key. It is written
+    beside its final place and renamed, so that a run that dies leaves nothing half written.
     """
     if cache is None or providers != [CPU]:
         return ort.InferenceSession(str(graph), options, providers=providers)
@@ -133,7 +138,7 @@ def _weights_identity(graph: Path) -> list[str]:
     data = graph.parent / (graph.name.replace(".cpu.onnx", ".onnx") + ".data")
     if not data.exists():
         return []
-    stat = os.stat(data)
+    stat = data.stat()
     return [str(stat.st_size), str(stat.st_mtime_ns), str(data.resolve())]
 
 
@@ -162,7 +167,9 @@ class OnnxRuntime:
         if artefact.fused_graph is not None and self.providers == [CPU]:
             graph = artefact.fused_graph.path
         label = f"{self.bundle.path.name}/{component}"
-        return OnnxSession(self.bundle.file(graph), self.providers, self.options.threads, self.options.graph_cache, label)
+        return OnnxSession(
+            self.bundle.file(graph), self.providers, self.options.threads, self.options.graph_cache, label
+        )
 
     def open_canonical(self, component: str) -> OnnxSession:
         """Open the canonical graph (standard operators only): the reference that `verify` compares with."""

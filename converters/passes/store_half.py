@@ -43,10 +43,17 @@ class StoreHalf(ir.passes.InPlacePass):
                 type=ir.TensorType(ir.DataType.FLOAT16),
                 shape=value.shape,
                 const_value=ir.LazyTensor(
-                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=tensor.shape, name=name, cache=False
+                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape), name=name, cache=False
                 ),
             )
-            cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], num_outputs=1, name=f"{name}/float32")
+            cast = ir.Node(
+                "",
+                "Cast",
+                [stored],
+                [ir.AttrInt64("to", int(ir.DataType.FLOAT))],
+                num_outputs=1,
+                name=f"{name}/float32",
+            )
             cast.outputs[0].name = f"{name}/float32"
             cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
             graph.insert_before(next(iter(graph)), cast)

@@ -52,6 +52,15 @@ def test_memory_settings_do_not_change_the_picture(bundle_path: Path, pipe: edge
     assert np.linalg.norm(a.latents - b.latents) <= 1e-4 * np.linalg.norm(b.latents)
 
 
+def test_the_steps_one_by_one_give_the_picture_of_generate(pipe: edgedit.Pipeline) -> None:
+    noise = np.random.default_rng().standard_normal((1, 4, 8, 4)).astype(np.float32)
+    settings: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0, "sampler": "euler a", "seed": 5}
+    whole = pipe.generate(PROMPT, latents=noise, width=8, height=16, **settings)
+    latents = pipe.denoise(noise, pipe.encode_prompt(PROMPT), **settings)
+    assert np.array_equal(latents, whole.latents)
+    assert np.array_equal(np.asarray(pipe.decode(latents)[0]), np.asarray(whole.images[0]))
+
+
 def test_torch_noise_is_that_of_a_torch_generator(pipe: edgedit.Pipeline) -> None:
     seed = int(np.random.default_rng().integers(2**31))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).numpy()
@@ -63,12 +72,16 @@ def test_torch_noise_is_that_of_a_torch_generator(pipe: edgedit.Pipeline) -> Non
 def test_the_step_callback_sees_every_step_and_can_stop(pipe: edgedit.Pipeline) -> None:
     seen: list[StepState] = []
     result = pipe.generate(PROMPT, seed=[1, 2], steps=4, on_step=lambda state: seen.append(state))
-    assert [(s.index, s.seed, s.step, s.steps) for s in seen] == [(i, i + 1, k, 4) for i in (0, 1) for k in (1, 2, 3, 4)]
+    assert [(s.index, s.seed, s.step, s.steps) for s in seen] == [
+        (i, i + 1, k, 4) for i in (0, 1) for k in (1, 2, 3, 4)
+    ]
     assert np.array_equal(seen[3].latents, result.latents[:1])
     assert seen[0].preview is not None
     assert isinstance(seen[0].preview(), Image.Image)
 
-    stopped = pipe.generate(PROMPT, seed=[1, 2], steps=4, on_step=lambda state: not (state.index == 1 and state.step == 2))
+    stopped = pipe.generate(
+        PROMPT, seed=[1, 2], steps=4, on_step=lambda state: not (state.index == 1 and state.step == 2)
+    )
     assert stopped.stopped
     assert len(stopped.images) == len(stopped.recipes) == 1
     assert np.array_equal(stopped.latents, result.latents[:1])
@@ -87,7 +100,9 @@ def test_decoding_agrees_with_diffusers_as_array_and_as_picture(saved_pipeline: 
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
-def test_encoding_a_picture_gives_the_posterior_mean_of_diffusers(saved_pipeline: Saved, pipe: edgedit.Pipeline) -> None:
+def test_encoding_a_picture_gives_the_posterior_mean_of_diffusers(
+    saved_pipeline: Saved, pipe: edgedit.Pipeline
+) -> None:
     reference = saved_pipeline("pixart-sigma")[0]
     picture = Image.fromarray(np.random.default_rng().integers(0, 256, (24, 16, 3), np.uint8))
     with torch.no_grad():
@@ -100,9 +115,20 @@ def test_encoding_a_picture_gives_the_posterior_mean_of_diffusers(saved_pipeline
 def test_image_to_image_starts_from_the_noised_picture(pipe: edgedit.Pipeline) -> None:
     picture = Image.fromarray(np.random.default_rng().integers(0, 256, (16, 16, 3), np.uint8))
     steps: list[int] = []
-    pipe.generate(PROMPT, image=picture, strength=0.5, steps=10, seed=1, width=16, height=16, on_step=lambda s: steps.append(s.steps))
+    pipe.generate(
+        PROMPT,
+        image=picture,
+        strength=0.5,
+        steps=10,
+        seed=1,
+        width=16,
+        height=16,
+        on_step=lambda s: steps.append(s.steps),
+    )
     assert steps == [5] * 5
-    faint = pipe.generate(PROMPT, image=picture, strength=0.1, steps=10, seed=1, width=16, height=16, guidance_scale=1.0)
+    faint = pipe.generate(
+        PROMPT, image=picture, strength=0.1, steps=10, seed=1, width=16, height=16, guidance_scale=1.0
+    )
     start = pipe.encode_image(picture, width=16, height=16)
     noise = pipe.generate(PROMPT, steps=10, seed=1, width=16, height=16, guidance_scale=1.0)
     assert np.linalg.norm(faint.latents - start) < np.linalg.norm(noise.latents - start)
