@@ -13,13 +13,12 @@ from typing import Any
 
 from edgedit.converters import hub
 from edgedit.converters.component import ComponentSource, class_of, component_name, read_component
-from edgedit.converters.folder import Folder, MissingFileError
+from edgedit.converters.folder import Folder
 from edgedit.converters.layout import (
     CONFIG,
     MODEL_INDEX,
     SCHEDULER_CONFIG,
     choose_weights,
-    has_vocabulary,
     pipeline_parts,
     plan_files,
 )
@@ -100,8 +99,6 @@ def open_checkpoint(
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}): check the path and its permissions."
         ) from None
-    except ValueError:
-        raise CheckpointError(f"{quoted(str(source))} is not a path: give a folder, a file or ORG/NAME.") from None
     if not exists:
         return _open_repository(str(source), revision, offline, variant, components, config)
     if revision is not None:
@@ -175,8 +172,6 @@ def _open_pipeline(
             scheduler = SchedulerSource(part.class_name, folder.read_json(f"{part.name}/{SCHEDULER_CONFIG}"))
         elif part.kind == "tokenizer":
             inside = folder.below(part.name)
-            if not has_vocabulary(inside.files):
-                raise MissingFileError(f"{inside.root} has no vocabulary: download the checkpoint again.")
             for name in inside.files:
                 inside.path(name)
             tokenizers[part.name] = inside.root

@@ -26,8 +26,8 @@ __all__ = ["TARGETS", "ComponentReport", "ConversionReport", "convert"]
 
 #: Backends that `to` may name.
 TARGETS = ("onnx",)
-#: Components with fewer weight bytes are run after they are written, to measure their agreement. Running a larger one takes more
-#: memory than converting it; `edgedit verify` and `measure=True` do it on request.
+#: Components with fewer weight bytes are run after they are written, to measure their agreement. Running a larger one
+#: takes more memory than converting it; `edgedit verify` and `measure=True` do it on request.
 MEASURE_BELOW = 256 << 20
 
 OnProgress = Callable[[str, int, int], None]
@@ -35,7 +35,10 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """What became of one component. `size` is bytes in the bundle, 0 in a dry run; `parity` is None when not measured."""
+    """What became of one component.
+
+    `size` is bytes in the bundle, 0 in a dry run; `parity` is None when not measured.
+    """
 
     name: str
     architecture: str
@@ -142,7 +145,9 @@ def convert(
     with BundleWriter(bundle, overwrite=overwrite) as writer:
         preview = None
         for job in jobs:
-            artefact = onnx_lowering.write(job.model, writer.root, job.name, dtype=dtype, on_tensor=_counter(job.name, on_progress))
+            artefact = onnx_lowering.write(
+                job.model, writer.root, job.name, dtype=dtype, on_tensor=_counter(job.name, on_progress)
+            )
             job.size = sum((writer.root / path).stat().st_size for path in artefact.files)
             small = 4 * job.parameters < MEASURE_BELOW
             if measure or (measure is None and small):
@@ -154,7 +159,9 @@ def convert(
                 inputs = reference.reference_inputs(job.component)
                 reference.save(writer.root / "reference" / f"{job.name}.npz", inputs, {})
             if measure is None and not small:
-                notes.append(f"{job.name}: agreement not measured (over 256 MiB); measure with: edgedit convert --measure")
+                notes.append(
+                    f"{job.name}: agreement not measured (over 256 MiB); measure with: edgedit convert --measure"
+                )
             job.section = Section(job.component, job.parameters, artefact, job.parity)
         if tokenizer is not None:
             folder = writer.root / "tokenizer"
@@ -174,7 +181,13 @@ def convert(
 
 
 def _report(
-    bundle: Path | None, family: Family, checkpoint: Checkpoint, jobs: list[_Job], notes: list[str], started: float, dtype: str
+    bundle: Path | None,
+    family: Family,
+    checkpoint: Checkpoint,
+    jobs: list[_Job],
+    notes: list[str],
+    started: float,
+    dtype: str,
 ) -> ConversionReport:
     return ConversionReport(
         bundle=bundle,
@@ -205,14 +218,17 @@ def _plan(checkpoint: Checkpoint, wanted: Sequence[str] | None) -> list[_Job]:
         if source.class_name not in BUILDERS:
             if wanted is None or source.name in wanted:
                 raise ConversionError(
-                    f"{source.name}: class {source.class_name} is not supported; convert understands: {', '.join(BUILDERS)}"
+                    f"{source.name}: class {source.class_name} is not supported; "
+                    f"convert understands: {', '.join(BUILDERS)}"
                 )
             continue
         for component in BUILDERS[source.class_name]:
             makes[component] = source
     for component in wanted or ():
         if component not in makes:
-            raise ConversionError(f"the checkpoint makes no component {component!r}; it makes: {', '.join(makes) or 'none'}")
+            raise ConversionError(
+                f"the checkpoint makes no component {component!r}; it makes: {', '.join(makes) or 'none'}"
+            )
     if not makes:
         raise CheckpointError(f"{checkpoint.source} holds no component that can be converted")
     jobs = []
@@ -251,4 +267,3 @@ def _counter(component: str, on_progress: OnProgress | None) -> Callable[[int, i
     if on_progress is None:
         return None
     return lambda done, total: on_progress(component, done, total)
-

@@ -32,8 +32,11 @@ BUILDERS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Template:
-    """How a prompt becomes text for the tokenizer. `instruction` is put in front of the positive prompt; the transformer
-    then sees the first token and the last `max_length - 1` ones."""
+    """How a prompt becomes text for the tokenizer.
+
+    `instruction` is put in front of the positive prompt; the transformer then sees the first token and the last
+    `max_length - 1` ones.
+    """
 
     max_length: int
     instruction: tuple[str, ...] = ()
@@ -68,18 +71,29 @@ class Family:
 
 # The instruction that SANA's text encoder was trained behind (SanaPipeline.__call__, complex_human_instruction).
 _SANA_INSTRUCTION = (
-    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image "
-    "generation. Evaluate the level of detail in the user prompt:",
-    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships "
-    "to create vivid and concrete scenes.",
-    "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
+    (
+        "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions "
+        "suitable for image generation. Evaluate the level of detail in the user prompt:"
+    ),
+    (
+        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and "
+        "spatial relationships to create vivid and concrete scenes."
+    ),
+    ("- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating."),
     "Here are examples of how to transform or refine prompts:",
-    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully "
-    "on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
-    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a "
-    "diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.",
-    "Please generate only the enhanced description for the prompt below and avoid including any additional commentary or "
-    "evaluations:",
+    (
+        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, "
+        "sleeping peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers."
+    ),
+    (
+        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring "
+        "glowing street lamps, a diverse crowd of people in colorful clothing, and a double-decker bus "
+        "passing by towering glass skyscrapers."
+    ),
+    (
+        "Please generate only the enhanced description for the prompt below and avoid including any "
+        "additional commentary or evaluations:"
+    ),
     "User Prompt: ",
 )
 
@@ -162,5 +176,5 @@ def builder(class_name: str, component: str) -> Callable[[Mapping[str, Any]], Co
     if class_name not in BUILDERS:
         raise ConversionError(f"class {class_name} is not supported; convert understands: {', '.join(BUILDERS)}")
     module, _, function = BUILDERS[class_name][component].partition(":")
-    found = getattr(importlib.import_module(f"edgedit.converters.architectures.{module}"), function)
-    return found  # type: ignore[no-any-return]
+    place = importlib.import_module(f"edgedit.converters.architectures.{module}")
+    return getattr(place, function)  # type: ignore[no-any-return]

@@ -67,7 +67,7 @@ class Folder:
                 yield entry.name
 
     def path(self, relative: str) -> Path:
-        """The real path of a file or folder; CheckpointError when it is missing or lies outside."""
+        """The path of a file or folder; CheckpointError when it is missing or lies outside."""
         parts = PurePosixPath(relative).parts
         if not parts or not all(map(is_plain_name, parts)):
             raise CheckpointError(
@@ -81,7 +81,7 @@ class Folder:
             raise CheckpointError(
                 f"{self.root / relative} is a link to the outside of the folder: put the file itself in its place."
             )
-        return real
+        return self.root / relative
 
     def read_json(self, relative: str, *, strict: bool = False) -> dict[str, Any]:
         """The JSON object in a file of the folder."""

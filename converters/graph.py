@@ -22,8 +22,8 @@ IR_VERSION = 11
 #: Standard ONNX operators that a canonical graph may use. Every lowering has an entry for each of them.
 ALLOWED_OPERATORS = frozenset(
     """
-    Add And Attention Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos DepthToSpace DequantizeLinear Div Equal Erf
-    Expand Gather Gelu GroupNormalization Identity LayerNormalization Less Log MatMul Max Min Mul Neg Pad Pow
+    Add And Attention Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos DepthToSpace DequantizeLinear Div
+    Equal Erf Expand Gather Gelu GroupNormalization Identity LayerNormalization Less Log MatMul Max Min Mul Neg Pad Pow
     RMSNormalization Range ReduceMean ReduceSum Relu Reshape Resize RotaryEmbedding Shape Sigmoid Sin Slice Softmax
     SpaceToDepth Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()
@@ -80,7 +80,9 @@ def build(component: Component) -> ir.Model:
     result = component.module(builder.op, *inputs)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     if len(results) != len(component.outputs):
-        raise ConversionError(f"{component.architecture} returned {len(results)} outputs, {len(component.outputs)} declared")
+        raise ConversionError(
+            f"{component.architecture} returned {len(results)} outputs, {len(component.outputs)} declared"
+        )
     for value, spec in zip(results, component.outputs, strict=True):
         value.name = spec.name
         value.type = ir.TensorType(_DTYPES[spec.dtype])
@@ -95,7 +97,9 @@ def validate(model: ir.Model) -> None:
     """Raise ConversionError when a graph uses an operator outside `ALLOWED_OPERATORS` (domain "" only)."""
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED_OPERATORS:
-            raise ConversionError(f"operator {node.domain}:{node.op_type} of node {node.name} is not in the canonical set")
+            raise ConversionError(
+                f"operator {node.domain}:{node.op_type} of node {node.name} is not in the canonical set"
+            )
 
 
 def _stored_shape(value: ir.Value) -> tuple[int, ...]:
@@ -105,8 +109,8 @@ def _stored_shape(value: ir.Value) -> tuple[int, ...]:
     return shape[::-1] if value.metadata_props.get(LAYOUT) == "transposed" else shape
 
 
-def _loader(ref: TensorRef, *, transposed: bool, name: str) -> Callable[[], ir.Tensor[np.ndarray]]:
-    def load() -> ir.Tensor[np.ndarray]:
+def _loader(ref: TensorRef, *, transposed: bool, name: str) -> Callable[[], ir.TensorProtocol]:
+    def load() -> ir.TensorProtocol:
         array = ref.load().astype(np.float32, copy=False)
         return ir.tensor(np.ascontiguousarray(array.T if transposed else array), name=name)
 
@@ -123,10 +127,13 @@ def bind(
     """Give every parameter of `model` its tensor, as a lazy fp32 tensor that is read from disk when it is written.
 
     Strict: every key of `tensors` is consumed or matches `drop`; every parameter is filled with the right shape.
-    `config` lets the message name the field that disagrees with the weights. Raises ConversionError with the list otherwise.
+    `config` lets the message name the field that disagrees with the weights. Raises ConversionError with the list
+    otherwise.
     """
     parameters = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
-    result = account({name: _stored_shape(value) for name, value in parameters.items()}, tensors, drop=drop, config=config)
+    result = account(
+        {name: _stored_shape(value) for name, value in parameters.items()}, tensors, drop=drop, config=config
+    )
     for name, value in parameters.items():
         transposed = value.metadata_props.get(LAYOUT) == "transposed"
         value.const_value = ir.LazyTensor(

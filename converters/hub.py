@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgedit.converters.folder import Folder, MissingFileError
-from edgedit.converters.layout import (
-    MODEL_INDEX,
-    has_vocabulary,
-    pipeline_parts,
-    plan_files,
-)
+from edgedit.converters.layout import plan_files
 from edgedit.converters.strict_json import read_object
 from edgedit.errors import CheckpointError
 
@@ -94,11 +89,6 @@ def _check_whole(path: Path, variant: str | None, components: Sequence[str] | No
     plan = plan_files(folder, variant, components)
     for name in sorted(plan.files):
         folder.path(name)
-    if MODEL_INDEX in folder.files:
-        for part in pipeline_parts(folder.read_json(MODEL_INDEX), folder.name, components):
-            inside = [name.partition("/")[2] for name in folder.files if name.startswith(f"{part.name}/")]
-            if part.kind == "tokenizer" and not has_vocabulary(inside):
-                raise MissingFileError(f"{path / part.name} has no vocabulary: download the checkpoint again.")
     return plan.notes
 
 

@@ -22,7 +22,6 @@ __all__ = [
     "Plan",
     "Weights",
     "choose_weights",
-    "has_vocabulary",
     "pipeline_parts",
     "plan_files",
     "shard_map",
@@ -69,7 +68,7 @@ def choose_weights(files: Collection[str], variant: str | None, where: str) -> W
 
     Safetensors before pickles, one file before shards. With `variant` that one, and the plain weights when it is not
     there; without it the plain weights, and when there are none, the only variant there is. Either replacement is told
-    in `note`. Raises MissingFileError when nothing fits, CheckpointError when several variants do.
+    in `note`. Raises MissingFileError when nothing fits or several variants do.
     """
     if variant is not None and not _VARIANT.fullmatch(variant):
         raise CheckpointError(f"the variant {quoted(variant)} is not a name: use fp16 or bf16, say.")
@@ -79,7 +78,7 @@ def choose_weights(files: Collection[str], variant: str | None, where: str) -> W
         return replace(chosen, note=f"{where} has no variant {variant}: took the plain weights" if variant else "")
     found = sorted({match for name in files if (match := _variant_of(name))})
     if len(found) > 1 or (found and variant):
-        raise CheckpointError(f"{where} has only the variant {' and '.join(found)}: choose one that it has.")
+        raise MissingFileError(f"{where} has only the variant {' and '.join(found)}: choose one that it has.")
     if found and (chosen := _find(files, found[0])):
         return replace(chosen, note=f"{where} has only the variant {found[0]}: took it")
     if any("-of-" in name for name in files):
@@ -176,11 +175,6 @@ def _kind(name: str, class_name: str) -> str | None:
     return "weights"
 
 
-def has_vocabulary(files: Collection[str]) -> bool:
-    """Whether these are files of a tokenizer that can be used."""
-    return any(name in files for name in _VOCABULARIES)
-
-
 @dataclass(frozen=True)
 class Plan:
     """The files that opening a pipeline or component reads, and the notes of the choices among weights."""
@@ -192,8 +186,8 @@ class Plan:
 def plan_files(listing: Listing, variant: str | None, components: Sequence[str] | None) -> Plan:
     """Which files of `listing` it takes to open the pipeline or component in it.
 
-    Raises MissingFileError when a part has no weights, CheckpointError when the listing is neither, when `variant` is
-    asked for and no part has it, or when an index is unsound.
+    Raises MissingFileError when the listing is neither, a part has no weights or no vocabulary, or no part has the
+    `variant` asked for; CheckpointError when an index is unsound.
     """
     needed: set[str] = set()
     chosen: list[Weights] = []
@@ -203,7 +197,12 @@ def plan_files(listing: Listing, variant: str | None, components: Sequence[str] 
             if part.kind == "scheduler":
                 needed.add(f"{part.name}/{SCHEDULER_CONFIG}")
             elif part.kind == "tokenizer":
-                needed.update(name for name in listing.files if name.startswith(f"{part.name}/"))
+                inside = {name for name in listing.files if name.startswith(f"{part.name}/")}
+                if not any(f"{part.name}/{name}" in inside for name in _VOCABULARIES):
+                    raise MissingFileError(
+                        f"{listing.name}/{part.name} has no vocabulary (tokenizer.json or the like): download it again."
+                    )
+                needed |= inside
             else:
                 chosen.append(_plan_weights(listing, f"{part.name}/", variant, needed))
     elif CONFIG in listing.files:
@@ -213,7 +212,7 @@ def plan_files(listing: Listing, variant: str | None, components: Sequence[str] 
         hint = f"give the file {quoted(weights[0])[1:-1]} of it itself" if weights else "give another"
         raise MissingFileError(f"{listing.name} is no diffusers pipeline and no component of one: {hint}.")
     if variant is not None and chosen and not any(weights.variant == variant for weights in chosen):
-        raise CheckpointError(f"{listing.name} has no weights of the variant {variant}: leave the variant out.")
+        raise MissingFileError(f"{listing.name} has no weights of the variant {variant}: leave the variant out.")
     return Plan(frozenset(needed), tuple(weights.note for weights in chosen if weights.note))
 
 

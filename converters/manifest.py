@@ -45,8 +45,8 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest as JSON, without `files`, which the writer fills.
 
-    Sections that a lone component cannot fill are None. An `edgedit.json` beside the checkpoint's `model_index.json` may
-    state the model's own `recommended` settings, prompt `max_length` and `licence`; see `overrides`.
+    Sections that a lone component cannot fill are None. An `edgedit.json` beside the checkpoint's `model_index.json`
+    may state the model's own `recommended` settings, prompt `max_length` and `licence`; see `overrides`.
     """
     own = overrides(checkpoint)
     runtime = {key: section.component.runtime for key, section in sections.items()}
@@ -67,7 +67,9 @@ def describe(
         "conditioning": {"resolution_aspect_ratio": bool(runtime.get("transformer", {}).get("resolution_aspect_ratio"))}
         if "transformer" in sections
         else None,
-        "prompt": None if tokenizer is None else prompt_recipe(tokenizer, max_length=max_length, instruction=family.template.instruction),
+        "prompt": None
+        if tokenizer is None
+        else prompt_recipe(tokenizer, max_length=max_length, instruction=family.template.instruction),
         "recommended": _recommended(checkpoint, family, runtime, latents, schedule, own.get("recommended", {})),
         "provenance": {
             "source": checkpoint.source,
@@ -75,13 +77,19 @@ def describe(
             "licence": own.get("licence"),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "options": dict(options),
-            "versions": {"edgedit": __version__, **{p: metadata.version(p) for p in ("onnx", "onnx-ir", "onnxscript", "numpy")}},
+            "versions": {
+                "edgedit": __version__,
+                **{p: metadata.version(p) for p in ("onnx", "onnx-ir", "onnxscript", "numpy")},
+            },
         },
     }
 
 
 def overrides(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own `edgedit.json`, {} when it has none. Raises CheckpointError when it is not what it should be."""
+    """The checkpoint's own `edgedit.json`, {} when it has none.
+
+    Raises CheckpointError when it is not what it should be.
+    """
     path = Path(checkpoint.path) / "edgedit.json"
     if not path.is_file():
         return {}
@@ -94,7 +102,8 @@ def overrides(checkpoint: Checkpoint) -> dict[str, Any]:
         known = False
     if not known:
         raise CheckpointError(
-            f"{path}: expected an object with recommended (steps, guidance_scale, sampler, sizes), prompt (max_length) and licence"
+            f"{path}: expected an object with recommended (steps, guidance_scale, sampler, sizes), "
+            "prompt (max_length) and licence"
         )
     return found  # type: ignore[no-any-return]
 
@@ -124,7 +133,9 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _latents(family: Family, runtime: Mapping[str, Mapping[str, Any]], preview: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _latents(
+    family: Family, runtime: Mapping[str, Mapping[str, Any]], preview: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     if "transformer" not in runtime or not ({"decoder", "encoder"} & set(runtime)):
         return None
     space = runtime.get("decoder") or runtime["encoder"]

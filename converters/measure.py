@@ -22,11 +22,13 @@ __all__ = ["fit_preview", "measure_onnx"]
 AGAINST = "canonical fp32 graph, ONNX Runtime on the CPU"
 
 
-def measure_onnx(root: Path, component: Component, artefact: OnnxArtefact, canonical: ir.Model | None) -> dict[str, Any]:
+def measure_onnx(
+    root: Path, component: Component, artefact: OnnxArtefact, canonical: ir.Model | None
+) -> dict[str, Any]:
     """Compare every graph of `artefact`, read back from disk, with the canonical fp32 graph; the worst figures count.
 
-    Writes the reference inputs and outputs into the bundle. `canonical` is the fp32 graph with lazy weights, or None when the
-    artefact's own graph is it.
+    Writes the reference inputs and outputs into the bundle. `canonical` is the fp32 graph with lazy weights, or None
+    when the artefact's own graph is it.
     """
     inputs = reference.reference_inputs(component)
     if canonical is None:
@@ -58,7 +60,7 @@ def _worst(values: dict[str, np.ndarray], references: dict[str, np.ndarray]) -> 
 
 
 def fit_preview(root: Path, component: Component, artefact: OnnxArtefact) -> dict[str, Any] | None:
-    """Least-squares map from latents to the mean colour of the picture that they decode to: a preview without a decoder.
+    """Least-squares map from latents to the mean colour of what they decode to: a preview without a decoder.
 
     The latents are patches of constant noise, four by four, because a decoder answers white noise with texture.
     """
@@ -70,7 +72,9 @@ def fit_preview(root: Path, component: Component, artefact: OnnxArtefact) -> dic
     rows, colours = [], []
     try:
         for _ in range(max(4, -(-4 * channels // patches**2))):
-            latents = np.repeat(np.repeat(noise.normal((1, channels, patches, patches)), side // patches, 2), side // patches, 3)
+            latents = np.repeat(
+                np.repeat(noise.normal((1, channels, patches, patches)), side // patches, 2), side // patches, 3
+            )
             picture = session.run({"latents": (latents / np.float32(scale)).astype(np.float32)})["image"][0]
             means = np.clip(picture, -1, 1).reshape(3, side, factor, side, factor).mean((2, 4))
             rows.append(latents[0].reshape(channels, -1).T)

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "scipy", "edgedit.converters", "edgedit.runtimes")
+FORBIDDEN = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "scipy",
+    "edgedit.converters",
+    "edgedit.runtimes",
+)
 
 
 def run(code: str) -> str:
@@ -29,7 +39,9 @@ def test_the_core_imports_no_backend_and_no_converter(module: str) -> None:
 
 
 def test_converting_needs_no_torch() -> None:
-    loaded = run("import sys, edgedit.converters.convert, edgedit.converters.architectures.t5; print(*sys.modules)").split()
+    loaded = run(
+        "import sys, edgedit.converters.convert, edgedit.converters.architectures.t5; print(*sys.modules)"
+    ).split()
     assert "edgedit.converters.convert" in loaded
     assert not {"torch", "diffusers", "transformers"} & set(loaded)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from edgedit.converters.architectures.layers import (
-    Attention,
     Conv2d,
     LayerNorm,
     Linear,
@@ -19,10 +18,17 @@ from edgedit.converters.architectures.layers import (
     map_to_tokens,
     tokens_to_map,
 )
-
 from edgedit.errors import ConversionError
 
-__all__ = ["KVCompressedAttention", "KVCompression", "KeyValueSum", "LinearAttention", "StateReadout", "qk_norms"]
+__all__ = [
+    "KVCompressedAttention",
+    "KVCompression",
+    "KeyValueSum",
+    "LinearAttention",
+    "QKNorms",
+    "StateReadout",
+    "qk_norms",
+]
 
 #: Keeps a query that no key answers from dividing by zero (diffusers' SanaLinearAttnProcessor2_0).
 _EPS = 1e-15
@@ -33,18 +39,29 @@ _QK_NORM_EPS = 1e-5
 _HEADS_FIRST, _HEADS_FIRST_TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)
 
 
-def qk_norms(qk_norm: str | None, width: int) -> tuple[Module, Module] | tuple[None, None]:
-    """Norms of query and key over all heads together, `width` channels: `qk_norm` None or "rms_norm_across_heads"."""
+_QK_NORMS = {"rms_norm_across_heads": RMSNorm, "layer_norm_across_heads": LayerNorm}
+
+
+class QKNorms(TypedDict, total=False):
+    """The two norms, or nothing."""
+
+    norm_q: Module
+    norm_k: Module
+
+
+def qk_norms(qk_norm: str | None, width: int) -> QKNorms:
+    """Norms of query and key over all heads together, `width` channels, by diffusers' name for them; none for None."""
     if qk_norm is None:
-        return None, None
-    if qk_norm == "rms_norm_across_heads":
-        return RMSNorm(width, _QK_NORM_EPS), RMSNorm(width, _QK_NORM_EPS)
-    raise ConversionError(f"qk_norm={qk_norm!r} is not supported: it must be None or 'rms_norm_across_heads'")
+        return {}
+    if qk_norm not in _QK_NORMS:
+        raise ConversionError(f"qk_norm={qk_norm!r} is not supported: it must be null or one of {', '.join(_QK_NORMS)}")
+    kind = _QK_NORMS[qk_norm]
+    return {"norm_q": kind(width, _QK_NORM_EPS), "norm_k": kind(width, _QK_NORM_EPS)}
 
 
 def _split_heads(op: Op, x: Value, heads: int, perm: tuple[int, ...]) -> Value:
     """[B, N, h·d] → [B, N, h, d], its axes in the order `perm`."""
-    return op.Transpose(op.Reshape(x, int64s(op, 0, 0, heads, -1)), perm=list(perm))  # type: ignore[no-any-return]
+    return op.Transpose(op.Reshape(x, int64s(op, 0, 0, heads, -1)), perm=list(perm))
 
 
 class KeyValueSum(Module):
@@ -64,7 +81,7 @@ class KeyValueSum(Module):
 
 
 class StateReadout(Module):
-    """query [B, N, h·d] and the two values of `KeyValueSum` → ReLU(q) state / (ReLU(q) normaliser + 1e-15), [B, N, h·d].
+    """query [B, N, h·d], state and normaliser → ReLU(q) state / (ReLU(q) normaliser + 1e-15), [B, N, h·d].
 
     Numerator and denominator grow with the number of tokens: keep these nodes in float32 too.
     """
@@ -77,40 +94,50 @@ class StateReadout(Module):
         q = _split_heads(op, op.Relu(q), self.heads, _HEADS_FIRST)
         y = op.Div(op.MatMul(q, state), op.Add(op.MatMul(q, normaliser), _EPS))
         y = op.Transpose(y, perm=list(_HEADS_FIRST))
-        return op.Reshape(y, int64s(op, 0, 0, self.width))  # type: ignore[no-any-return]
+        return op.Reshape(y, int64s(op, 0, 0, self.width))
 
 
-class LinearAttention(Module):
+class _SelfAttention(Module):
+    """The projections and norms of diffusers' Attention; its heirs say how query, key and value meet."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, bias: bool, qk_norm: str | None) -> None:
+        super().__init__()
+        self.heads, self.inner = heads, heads * head_dim
+        self.to_q, self.to_k, self.to_v = (Linear(width, self.inner, bias) for _ in range(3))
+        self.to_out = ModuleList([Linear(self.inner, width)])
+        norms = qk_norms(qk_norm, self.inner)
+        if norms:
+            self.norm_q, self.norm_k = norms["norm_q"], norms["norm_k"]
+        self.normalised = bool(norms)
+
+    def _query(self, op: Op, x: Value) -> Value:
+        q = self.to_q(op, x)
+        return self.norm_q(op, q) if self.normalised else q
+
+    def _key(self, op: Op, x: Value) -> Value:
+        k = self.to_k(op, x)
+        return self.norm_k(op, k) if self.normalised else k
+
+
+class LinearAttention(_SelfAttention):
     """Linear self-attention with the kernel ReLU(q)·ReLU(k): x [B, N, width] → [B, N, width].
 
-    SANA, section 2.2, after Katharopoulos et al., "Transformers are RNNs" (2020), section 3.2; diffusers' Attention with
-    SanaLinearAttnProcessor2_0. Keys and values are summed before the query is computed, so that the fewest token-sized
-    tensors live at once, and no N × N tensor ever does. The normaliser is a product of its own where diffusers appends
-    a row of ones to the value: the same sum without the copy.
+    SANA, section 2.2, after Katharopoulos et al., "Transformers are RNNs" (2020), section 3.2; diffusers' Attention
+    with SanaLinearAttnProcessor2_0. Keys and values are summed before the query is computed, so that the fewest
+    token-sized tensors live at once, and no N × N tensor ever does. The normaliser is a product of its own where
+    diffusers appends a row of ones to the value: the same sum without the copy.
     """
 
     def __init__(
         self, width: int, heads: int, head_dim: int, *, bias: bool = False, qk_norm: str | None = None
     ) -> None:
-        super().__init__()
-        inner = heads * head_dim
-        self.to_q, self.to_k, self.to_v = (Linear(width, inner, bias) for _ in range(3))
-        self.to_out = ModuleList([Linear(inner, width)])
-        norm_q, norm_k = qk_norms(qk_norm, inner)
-        if norm_q is not None:
-            self.norm_q, self.norm_k = norm_q, norm_k
-        self.normalised = norm_q is not None
-        self.key_value_sum, self.readout = KeyValueSum(heads), StateReadout(heads, inner)
+        super().__init__(width, heads, head_dim, bias=bias, qk_norm=qk_norm)
+        self.key_value_sum, self.readout = KeyValueSum(heads), StateReadout(heads, self.inner)
 
     def forward(self, op: Op, x: Value) -> Value:
-        k = self.to_k(op, x)
-        if self.normalised:
-            k = self.norm_k(op, k)
-        state, normaliser = self.key_value_sum(op, k, self.to_v(op, x))
-        q = self.to_q(op, x)
-        if self.normalised:
-            q = self.norm_q(op, q)
-        return self.to_out[0](op, self.readout(op, q, state, normaliser))  # type: ignore[no-any-return]
+        state, normaliser = self.key_value_sum(op, self._key(op, x), self.to_v(op, x))
+        y = self.readout(op, self._query(op, x), state, normaliser)
+        return self.to_out[0](op, y)
 
 
 @dataclass(frozen=True)
@@ -152,17 +179,26 @@ class KVCompression:
         return cls(sampling, factor, frozenset(layers))
 
 
-class KVCompressedAttention(Attention):
+class KVCompressedAttention(_SelfAttention):
     """Softmax self-attention whose keys and values are shortened as maps: N queries, N / R² keys.
 
     PixArt-Sigma, section 3.2; class AttentionKVCompress of its repository. Key and value go through the same
-    convolution `sr` and the same `norm`, after their projections; the query is untouched. What is left over when R does
-    not divide a side is cut off, as a convolution without padding does.
+    convolution `sr` and the same `norm`, after their projections and the norm of the key, if there is one; the query is
+    untouched. What is left over when R does not divide a side is cut off, as a convolution without padding does.
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int, compression: KVCompression, *, bias: bool = True) -> None:
-        super().__init__(width, heads, head_dim, bias=bias)
-        self.inner, self.factor = heads * head_dim, compression.factor
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        compression: KVCompression,
+        *,
+        bias: bool = True,
+        qk_norm: str | None = None,
+    ) -> None:
+        super().__init__(width, heads, head_dim, bias=bias, qk_norm=qk_norm)
+        self.factor = compression.factor
         self.learned = compression.sampling == "conv"
         if self.learned:
             self.sr = Conv2d(self.inner, self.inner, self.factor, stride=self.factor, groups=self.inner)
@@ -170,18 +206,17 @@ class KVCompressedAttention(Attention):
 
     def forward(self, op: Op, x: Value, grid: Value) -> Value:
         """x [B, H·W, width], `grid` [H, W] int64 → [B, H·W, width]."""
-        q = self.to_q(op, x)
-        k = self._compress(op, self.to_k(op, x), grid)
+        k = self._compress(op, self._key(op, x), grid)
         v = self._compress(op, self.to_v(op, x), grid)
-        y = op.Attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
-        return self.to_out[0](op, y)  # type: ignore[no-any-return]
+        y = op.Attention(self._query(op, x), k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
+        return self.to_out[0](op, y)
 
     def _compress(self, op: Op, x: Value, grid: Value) -> Value:
         if self.learned:
             x = self.sr(op, tokens_to_map(op, x, self.inner, grid))
-            return self.norm(op, map_to_tokens(op, x, self.inner))  # type: ignore[no-any-return]
+            return self.norm(op, map_to_tokens(op, x, self.inner))
         steps = int64s(op, self.factor, self.factor)
         ends = op.Mul(op.Div(grid, steps), steps)
         x = op.Reshape(x, op.Concat(int64s(op, 0), grid, int64s(op, self.inner), axis=0))
         x = op.Slice(x, int64s(op, 0, 0), ends, int64s(op, 1, 2), steps)
-        return op.Reshape(x, int64s(op, 0, -1, self.inner))  # type: ignore[no-any-return]
+        return op.Reshape(x, int64s(op, 0, -1, self.inner))

@@ -114,7 +114,7 @@ class LinearAttention(Module):
         states = op.MatMul(v, op.Transpose(k, perm=[0, 1, 3, 2]))
         total = op.Unsqueeze(op.ReduceSum(k, int64s(op, 3), keepdims=0), int64s(op, 2))
         weight = op.Add(op.MatMul(total, q), _ATTENTION_EPS)
-        return op.Div(op.MatMul(states, q), weight)  # type: ignore[no-any-return]
+        return op.Div(op.MatMul(states, q), weight)
 
     def forward(self, op: Op, x: Value) -> Value:
         qkv = op.Concat(self.to_q(op, x), self.to_k(op, x), self.to_v(op, x), axis=1)
@@ -178,10 +178,8 @@ def _level(c: Mapping[str, Any], half: str, i: int) -> list[Module]:
     if c[f"{half}_block_types"][i] == _ATTENTION:
         sizes = c[f"{half}_qkv_multiscales"][i]
         return [EfficientViTBlock(channels, c["attention_head_dim"], sizes, norm) for _ in range(blocks)]
-    act = silu
-    if half == "decoder":
-        name = c["decoder_act_fns"][i]
-        act = None if name is None else activation("decoder_act_fns", name)
+    name = c["decoder_act_fns"][i] if half == "decoder" else "silu"
+    act = None if name is None else activation("decoder_act_fns", name)
     return [ResBlock(channels, norm, act) for _ in range(blocks)]
 
 

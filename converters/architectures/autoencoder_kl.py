@@ -155,7 +155,7 @@ class MidBlock(Module):
         x = self.resnets[0](op, x)
         for attention in self.attentions:
             x = attention(op, x)
-        return self.resnets[1](op, x)  # type: ignore[no-any-return]
+        return self.resnets[1](op, x)
 
 
 class Encoder(Module):

@@ -26,7 +26,6 @@ from edgedit.converters.architectures.layers import (
     tokens_to_map,
 )
 from edgedit.converters.graph import TensorSpec
-
 from edgedit.errors import ConversionError
 
 __all__ = [
@@ -51,8 +50,8 @@ FEED_FORWARD_ACTIVATIONS = {"gelu": ACTIVATIONS["gelu"], "gelu-approximate": gel
 
 
 def modulate(op: Op, x: Value, shift: Value, scale: Value) -> Value:
-    """x [B, N, D] · (1 + scale) + shift, both [B, 1, D] (Peebles and Xie, "Scalable Diffusion Models…", section 3.2)."""
-    return op.Add(op.Mul(x, op.Add(scale, 1.0)), shift)  # type: ignore[no-any-return]
+    """x [B, N, D] · (1 + scale) + shift, both [B, 1, D] (DiT: Peebles and Xie 2023, section 3.2)."""
+    return op.Add(op.Mul(x, op.Add(scale, 1.0)), shift)
 
 
 def table_rows(op: Op, table: Value, conditioning: Value, rows: int) -> list[Value]:
@@ -62,7 +61,7 @@ def table_rows(op: Op, table: Value, conditioning: Value, rows: int) -> list[Val
 
 
 class PatchEmbed(Module):
-    """diffusers' PatchEmbed: latents [B, C, H·p, W·p] → tokens [B, H·W, D], plus a table [1, H·W, D] if there is one."""
+    """diffusers' PatchEmbed: latents [B, C, H·p, W·p] → tokens [B, H·W, D], plus a table [1, H·W, D] if given."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ def unpatchify(op: Op, x: Value, grid: Value, size: Value, *, patch_size: int, c
         return tokens_to_map(op, x, channels, size)
     x = op.Reshape(x, op.Concat(int64s(op, 0), grid, int64s(op, patch_size, patch_size, channels), axis=0))
     x = op.Transpose(x, perm=[0, 5, 1, 3, 2, 4])
-    return op.Reshape(x, op.Concat(int64s(op, 0, channels), size, axis=0))  # type: ignore[no-any-return]
+    return op.Reshape(x, op.Concat(int64s(op, 0, channels), size, axis=0))
 
 
 class TextProjection(Module):
@@ -91,7 +90,7 @@ class TextProjection(Module):
         self.linear_1, self.linear_2 = Linear(in_features, width), Linear(width, width)
 
     def forward(self, op: Op, x: Value) -> Value:
-        return self.linear_2(op, gelu_tanh(op, self.linear_1(op, x)))  # type: ignore[no-any-return]
+        return self.linear_2(op, gelu_tanh(op, self.linear_1(op, x)))
 
 
 class _ActivatedLinear(Module):
@@ -114,11 +113,11 @@ class FeedForward(Module):
         self.net = ModuleList([_ActivatedLinear(width, 4 * width, activation), Empty(), Linear(4 * width, width)])
 
     def forward(self, op: Op, x: Value) -> Value:
-        return self.net[2](op, self.net[0](op, x))  # type: ignore[no-any-return]
+        return self.net[2](op, self.net[0](op, x))
 
 
 class _TimestepSizeEmbeddings(Module):
-    """diffusers' PixArtAlphaCombinedTimestepSizeEmbeddings: timestep, plus picture size and aspect ratio if asked for."""
+    """diffusers' PixArtAlphaCombinedTimestepSizeEmbeddings: timestep, plus picture size and aspect ratio if given."""
 
     def __init__(self, width: int, size_conditions: bool) -> None:
         super().__init__()
@@ -131,13 +130,13 @@ class _TimestepSizeEmbeddings(Module):
     def forward(self, op: Op, timestep: Value, resolution: Value | None, aspect_ratio: Value | None) -> Value:
         embedded = self.timestep_embedder(op, timestep_sinusoid(op, timestep, SINUSOID_WIDTH))
         if resolution is None or aspect_ratio is None:
-            return embedded  # type: ignore[no-any-return]
+            return embedded
         # Height and width share one embedder and lie side by side in the channels.
         size = timestep_sinusoid(op, op.Reshape(resolution, int64s(op, -1)), SINUSOID_WIDTH)
         size = op.Reshape(self.resolution_embedder(op, size), int64s(op, -1, 2 * self.part))
         aspect = timestep_sinusoid(op, op.Reshape(aspect_ratio, int64s(op, -1)), SINUSOID_WIDTH)
         aspect = self.aspect_ratio_embedder(op, aspect)
-        return op.Add(embedded, op.Concat(size, aspect, axis=-1))  # type: ignore[no-any-return]
+        return op.Add(embedded, op.Concat(size, aspect, axis=-1))
 
 
 class AdaLayerNormSingle(Module):

@@ -53,36 +53,43 @@ class Empty(nn.Module):
 
 def constant(op: Op, array: np.ndarray) -> Value:
     """A constant tensor."""
-    return op.Constant(value=ir.tensor(np.ascontiguousarray(array)))  # type: ignore[no-any-return]
+    return op.Constant(value=ir.tensor(np.ascontiguousarray(array)))
 
 
 def int64s(op: Op, *values: int) -> Value:
     """A one-dimensional int64 constant (shapes, axes, split sizes)."""
-    return op.Constant(value_ints=list(values))  # type: ignore[no-any-return]
+    return op.Constant(value_ints=list(values))
 
 
 def silu(op: Op, x: Value) -> Value:
     """x * sigmoid(x)."""
-    return op.Mul(x, op.Sigmoid(x))  # type: ignore[no-any-return]
+    return op.Mul(x, op.Sigmoid(x))
 
 
 def gelu_tanh(op: Op, x: Value) -> Value:
     """torch.nn.GELU(approximate="tanh")."""
-    return op.Gelu(x, approximate="tanh")  # type: ignore[no-any-return]
+    return op.Gelu(x, approximate="tanh")
 
 
 def gelu(op: Op, x: Value) -> Value:
     """torch.nn.GELU()."""
-    return op.Gelu(x, approximate="none")  # type: ignore[no-any-return]
+    return op.Gelu(x, approximate="none")
 
 
 def relu(op: Op, x: Value) -> Value:
     """max(x, 0)."""
-    return op.Relu(x)  # type: ignore[no-any-return]
+    return op.Relu(x)
 
 
 #: Activation functions by the names that configurations use.
-ACTIVATIONS = {"silu": silu, "swish": silu, "gelu": gelu, "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh, "relu": relu}
+ACTIVATIONS = {
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "relu": relu,
+}
 
 
 class Linear(nn.Module):
@@ -171,7 +178,7 @@ class GroupNorm(nn.Module):
 
 
 def timestep_sinusoid(op: Op, timestep: Value, width: int, *, max_period: float = 10000.0) -> Value:
-    """[B] → [B, width], cosines first (diffusers `get_timestep_embedding`, flip_sin_to_cos=True, downscale_freq_shift=0).
+    """[B] → [B, width], cosines first: diffusers `get_timestep_embedding` with flip_sin_to_cos, downscale_freq_shift 0.
 
     The frequencies are rounded to float32 at the points where diffusers rounds them: at timestep 999 one unit in the
     last place of a frequency is 6e-5 of an angle.
@@ -180,7 +187,7 @@ def timestep_sinusoid(op: Op, timestep: Value, width: int, *, max_period: float 
     exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = op.Mul(op.Unsqueeze(timestep, int64s(op, 1)), constant(op, frequencies[None]))
-    return op.Concat(op.Cos(angles), op.Sin(angles), axis=-1)  # type: ignore[no-any-return]
+    return op.Concat(op.Cos(angles), op.Sin(angles), axis=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -191,7 +198,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_1, self.linear_2 = Linear(in_channels, width), Linear(width, width)
 
     def forward(self, op: Op, x: Value) -> Value:
-        return self.linear_2(op, silu(op, self.linear_1(op, x)))  # type: ignore[no-any-return]
+        return self.linear_2(op, silu(op, self.linear_1(op, x)))
 
 
 class Attention(nn.Module):
@@ -229,27 +236,27 @@ class Attention(nn.Module):
             q, k = self.norm_q(op, q), self.norm_k(op, k)
         inputs = [q, k, v] if bias is None else [q, k, v, bias]
         y = op.Attention(*inputs, q_num_heads=self.heads, kv_num_heads=self.heads)
-        return self.to_out[0](op, y)  # type: ignore[no-any-return]
+        return self.to_out[0](op, y)
 
 
 def padding_bias(op: Op, mask: Value, queries: Value, value: float = -10000.0) -> Value:
     """Key-padding mask [B, L] (1 keep, 0 discard; float32) → additive bias [B, 1, N, L] for `queries` [B, N, C]."""
     bias = op.Mul(op.Sub(1.0, op.Unsqueeze(mask, int64s(op, 1, 2))), value)
     n = op.Shape(queries, start=1, end=2)
-    return op.Expand(bias, op.Concat(int64s(op, 1, 1), n, int64s(op, 1), axis=0))  # type: ignore[no-any-return]
+    return op.Expand(bias, op.Concat(int64s(op, 1, 1), n, int64s(op, 1), axis=0))
 
 
 def spatial_shape(op: Op, x: Value) -> Value:
     """[H, W] of a map, as an int64 tensor of 2."""
-    return op.Shape(x, start=2, end=4)  # type: ignore[no-any-return]
+    return op.Shape(x, start=2, end=4)
 
 
 def map_to_tokens(op: Op, x: Value, channels: int) -> Value:
     """[B, C, H, W] → [B, H·W, C]."""
-    return op.Transpose(op.Reshape(x, int64s(op, 0, channels, -1)), perm=[0, 2, 1])  # type: ignore[no-any-return]
+    return op.Transpose(op.Reshape(x, int64s(op, 0, channels, -1)), perm=[0, 2, 1])
 
 
 def tokens_to_map(op: Op, x: Value, channels: int, hw: Value) -> Value:
     """[B, H·W, C] → [B, C, H, W]; `hw` is an int64 tensor of 2."""
     y = op.Transpose(x, perm=[0, 2, 1])
-    return op.Reshape(y, op.Concat(int64s(op, 0, channels), hw, axis=0))  # type: ignore[no-any-return]
+    return op.Reshape(y, op.Concat(int64s(op, 0, channels), hw, axis=0))

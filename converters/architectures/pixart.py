@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression
+from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression, qk_norms
 from edgedit.converters.architectures.blocks import (
     FEED_FORWARD_ACTIVATIONS,
     AdaLayerNormSingle,
@@ -37,7 +37,6 @@ from edgedit.converters.architectures.layers import (
     spatial_shape,
 )
 from edgedit.converters.graph import Component, TensorSpec
-
 from edgedit.errors import ConversionError
 
 __all__ = ["PixArtTransformer", "build_transformer"]
@@ -64,14 +63,22 @@ _DEFAULTS: dict[str, Any] = {
     "use_additional_conditions": None,
     "caption_channels": None,
     "attention_type": "default",
+    # Entries of the original repository that diffusers' class lacks.
     "kv_compress_config": None,
+    "qk_norm": None,
     # Entries of Transformer2DModel, the class under which the first checkpoints were saved.
     "num_vector_embeds": None,
     "use_linear_projection": False,
     "only_cross_attention": False,
     "double_self_attention": False,
 }
-_OPTIONAL = {"out_channels": 8, "caption_channels": 4096, "interpolation_scale": 1.0, "use_additional_conditions": True}
+_OPTIONAL = {
+    "out_channels": 8,
+    "caption_channels": 4096,
+    "interpolation_scale": 1.0,
+    "use_additional_conditions": True,
+    "qk_norm": "layer_norm_across_heads",
+}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "activation_fn": tuple(FEED_FORWARD_ACTIVATIONS),
     "norm_type": ("ada_norm_single",),
@@ -96,9 +103,9 @@ class PixArtBlock(Module):
         self.norm1, self.norm2 = LayerNorm(width, eps, affine=affine), LayerNorm(width, eps, affine=affine)
         self.attn1: Module
         if compression is None:
-            self.attn1 = Attention(width, heads, head_dim, bias=bias)
+            self.attn1 = Attention(width, heads, head_dim, bias=bias, **qk_norms(c["qk_norm"], width))
         else:
-            self.attn1 = KVCompressedAttention(width, heads, head_dim, compression, bias=bias)
+            self.attn1 = KVCompressedAttention(width, heads, head_dim, compression, bias=bias, qk_norm=c["qk_norm"])
         self.attn2 = Attention(width, heads, head_dim, context_width=c["cross_attention_dim"], bias=bias)
         self.ff = FeedForward(width, c["activation_fn"])
         self.compressed = compression is not None
@@ -110,7 +117,7 @@ class PixArtBlock(Module):
         x = op.Add(x, op.Mul(gate_1, attended))
         x = op.Add(x, self.attn2(op, x, text, text_bias))
         h = modulate(op, self.norm2(op, x), shift_2, scale_2)
-        return op.Add(x, op.Mul(gate_2, self.ff(op, h)))  # type: ignore[no-any-return]
+        return op.Add(x, op.Mul(gate_2, self.ff(op, h)))
 
 
 class PixArtTransformer(Module):
@@ -173,8 +180,8 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         c["interpolation_scale"] = max(c["sample_size"] // 64, 1)
     if c["use_additional_conditions"] and width % 3:
         raise ConversionError(
-            f"use_additional_conditions=True is not supported at width {width}: picture height, picture width and aspect "
-            "ratio each take a third of it"
+            f"use_additional_conditions=True is not supported at width {width}: picture height, picture width and "
+            "aspect ratio each take a third of it"
         )
     if c["caption_channels"] is not None and c["cross_attention_dim"] != width:
         raise ConversionError(
@@ -187,8 +194,9 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 def build_transformer(config: Mapping[str, Any]) -> Component:
     """PixArt of a diffusers `config.json` (PixArtTransformer2DModel); output [batch, out_channels, height, width].
 
-    `kv_compress_config` {"sampling", "scale_factor", "kv_compress_layer"} asks for PixArt-Sigma's compressed keys and
-    values, which diffusers' class lacks; the blocks then have the parameters `attn1.sr` and `attn1.norm` besides.
+    Two options of PixArt-Sigma's repository, which diffusers' class lacks: `kv_compress_config` {"sampling",
+    "scale_factor", "kv_compress_layer"} compresses keys and values (parameters `attn1.sr` and `attn1.norm`), and
+    `qk_norm` "layer_norm_across_heads" norms query and key of the self-attention (`attn1.norm_q`, `attn1.norm_k`).
     A learned variance (`learned_sigma`) is the second half of the output's channels; the runtime drops it.
     Height and width must be multiples of patch_size. Raises ConversionError for what the graph cannot represent.
     """

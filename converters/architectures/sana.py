@@ -1,7 +1,7 @@
 """SANA's transformer: diffusers' SanaTransformer2DModel, with the guidance embedding of SANA-Sprint.
 
-Xie et al., "SANA" (2024), figure 5 and section 2.2; Xie et al., "SANA 1.5" (2025) for the norms of query and key; Chen et
-al., "SANA-Sprint" (2025), section 3.3 for the guidance embedding.
+Xie et al., "SANA" (2024), figure 5 and section 2.2; Xie et al., "SANA 1.5" (2025) for the norms of query and key; Chen
+et al., "SANA-Sprint" (2025) for the guidance embedding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from edgedit.converters.architectures.layers import (
     tokens_to_map,
 )
 from edgedit.converters.graph import Component, TensorSpec
-
 from edgedit.errors import ConversionError
 
 __all__ = ["SanaTransformer", "build_transformer"]
@@ -113,7 +112,7 @@ class MixFeedForward(Module):
     def forward(self, op: Op, x: Value) -> Value:
         x = self.conv_depth(op, silu(op, self.conv_inverted(op, x)))
         x, gate = op.Split(x, axis=1, num_outputs=2, _outputs=2)
-        return self.conv_point(op, op.Mul(x, silu(op, gate)))  # type: ignore[no-any-return]
+        return self.conv_point(op, op.Mul(x, silu(op, gate)))
 
 
 class SanaBlock(Module):
@@ -127,8 +126,8 @@ class SanaBlock(Module):
         self.scale_shift_table = Parameter([6, self.width])
         self.norm1 = LayerNorm(self.width, eps, affine=False)
         self.attn1 = LinearAttention(self.width, heads, head_dim, bias=c["attention_bias"], qk_norm=c["qk_norm"])
-        norm_q, norm_k = qk_norms(c["qk_norm"], text_heads * text_head_dim)
-        self.attn2 = Attention(self.width, text_heads, text_head_dim, norm_q=norm_q, norm_k=norm_k)
+        norms = qk_norms(c["qk_norm"], text_heads * text_head_dim)
+        self.attn2 = Attention(self.width, text_heads, text_head_dim, **norms)
         self.norm2 = LayerNorm(self.width, eps, affine=c["norm_elementwise_affine"])
         self.ff = MixFeedForward(self.width, c["mlp_ratio"])
 
@@ -139,7 +138,7 @@ class SanaBlock(Module):
         x = op.Add(x, self.attn2(op, x, text, text_bias))
         h = modulate(op, self.norm2(op, x), shift_2, scale_2)
         h = map_to_tokens(op, self.ff(op, tokens_to_map(op, h, self.width, grid)), self.width)
-        return op.Add(x, op.Mul(gate_2, h))  # type: ignore[no-any-return]
+        return op.Add(x, op.Mul(gate_2, h))
 
 
 class SanaTransformer(Module):
@@ -192,7 +191,8 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         c["out_channels"] = c["in_channels"]
     if c["cross_attention_dim"] != width:
         raise ConversionError(
-            f"cross_attention_dim={c['cross_attention_dim']!r} is not supported: it must be the width of the network, {width}"
+            f"cross_attention_dim={c['cross_attention_dim']!r} is not supported: it must be the width of the network, "
+            f"{width}"
         )
     return c
 
@@ -202,8 +202,8 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
 
     With `interpolation_scale` the graph takes `pos_embed`, with `guidance_embeds` (SANA-Sprint) it takes `guidance`:
     the guidance scale times `guidance_embeds_scale`. `timestep` is what diffusers hands to the network: already times
-    `timestep_scale`, and for Sprint the TrigFlow time sin/(cos + sin). Height and width must be multiples of patch_size.
-    Raises ConversionError for what the graph cannot represent.
+    `timestep_scale`, and for Sprint sin s / (cos s + sin s) of the TrigFlow time s. Height and width must be multiples
+    of patch_size. Raises ConversionError for what the graph cannot represent.
     """
     c = _resolve(config)
     width = c["num_attention_heads"] * c["attention_head_dim"]

@@ -1,4 +1,4 @@
-"""Lowering to ONNX Runtime: the canonical graph with its weights in one memory-mappable file, and a CPU form that shares them."""
+"""Lowering to ONNX Runtime: the canonical graph, its weights in one file, and a CPU form that shares them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ DTYPES = ("fp32", "fp16")
 
 @dataclass(frozen=True)
 class OnnxArtefact:
-    """Files of one component, relative to the bundle. `fused_graph` is None when the CPU form would be the same graph."""
+    """Files of one component, relative to the bundle.
+
+    `fused_graph` is None when the CPU form would be the same graph.
+    """
 
     precision: str
     graph: str

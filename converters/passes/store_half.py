@@ -43,7 +43,7 @@ class StoreHalf(ir.passes.InPlacePass):
                 type=ir.TensorType(ir.DataType.FLOAT16),
                 shape=value.shape,
                 const_value=ir.LazyTensor(
-                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape), name=name, cache=False
+                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=value.shape, name=name, cache=False
                 ),
             )
             cast = ir.Node(

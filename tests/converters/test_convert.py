@@ -88,7 +88,10 @@ def test_a_transformer_alone_becomes_a_bundle_that_predicts(saved_pipeline: Save
         )[0].numpy()
     with edgedit.load(tmp_path / "x.edgedit") as pipe:
         found = pipe.predict(
-            latents=latents.numpy(), timestep=400.0, encoder_hidden_states=states.numpy(), encoder_attention_mask=mask.numpy()
+            latents=latents.numpy(),
+            timestep=400.0,
+            encoder_hidden_states=states.numpy(),
+            encoder_attention_mask=mask.numpy(),
         )
         assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
         with pytest.raises(BundleError, match="draws no pictures"):
@@ -152,13 +155,21 @@ def test_an_unknown_component_class_is_refused_with_what_is_known(checkpoint: Pa
 
 
 def test_a_model_states_its_own_recommendation(checkpoint: Path, tmp_path: Path) -> None:
-    own = {"recommended": {"steps": 7, "guidance_scale": 2.5, "sampler": "euler"}, "prompt": {"max_length": 9}, "licence": "MIT"}
+    own = {
+        "recommended": {"steps": 7, "guidance_scale": 2.5, "sampler": "euler"},
+        "prompt": {"max_length": 9},
+        "licence": "MIT",
+    }
     (checkpoint / "edgedit.json").write_text(json.dumps(own))
     edgedit.convert(checkpoint, tmp_path / "x.edgedit")
     manifest = edgedit.load(tmp_path / "x.edgedit").bundle.manifest
     assert manifest.recommended is not None
     assert manifest.prompt is not None
-    assert (manifest.recommended.steps, manifest.recommended.guidance_scale, manifest.recommended.sampler) == (7, 2.5, "euler")
+    assert (manifest.recommended.steps, manifest.recommended.guidance_scale, manifest.recommended.sampler) == (
+        7,
+        2.5,
+        "euler",
+    )
     assert manifest.prompt.positive.max_length == 9
     assert manifest.provenance.licence == "MIT"
     (checkpoint / "edgedit.json").write_text('{"recommended": {"step": 3}}')

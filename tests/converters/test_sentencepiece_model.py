@@ -94,7 +94,7 @@ def test_the_fields_read_by_hand_are_those_of_the_protocol_buffer(
     model: tuple[Path, sentencepiece.SentencePieceProcessor],
 ) -> None:
     path, _ = model
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = vars(sentencepiece_model_pb2)["ModelProto"]()
     proto.ParseFromString(path.read_bytes())
     found = read_sentencepiece(path)
     assert found.pieces == [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
@@ -188,8 +188,8 @@ def test_a_damaged_model_is_refused_in_one_line(
         damaged.write_bytes(data)
         with contextlib.suppress(CheckpointError):
             json.loads(tokenizer_json_from_spiece(damaged))
-    for data in (b"", b"\x00", b"hello", b"\xff" * 100, rng.randbytes(1000)):
-        damaged.write_bytes(data)
+    for junk in (b"", b"\x00", b"hello", b"\xff" * 100, rng.randbytes(1000)):
+        damaged.write_bytes(junk)
         with pytest.raises(CheckpointError):
             tokenizer_json_from_spiece(damaged)
     with pytest.raises(CheckpointError, match="cannot be read"):

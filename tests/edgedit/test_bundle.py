@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,19 @@ def test_asking_for_what_the_bundle_lacks_names_what_it_has(bundle: Bundle) -> N
     assert bundle.need(bundle.manifest.provenance, "provenance") is bundle.manifest.provenance
     with pytest.raises(BundleError, match="has no prompt recipe"):
         bundle.need(None, "prompt recipe")
+
+
+def test_the_model_hash_is_the_same_for_every_copy_and_changes_with_any_file(
+    bundle: Bundle, tmp_path: Path, rng: random.Random
+) -> None:
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    copy = open_bundle(tmp_path / "copy")
+    assert copy.model_hash == bundle.model_hash
+    listed = "".join(
+        f"{hashlib.sha256(copy.file(p).read_bytes()).hexdigest()}  {p}\n" for p in sorted(copy.manifest.files)
+    )
+    assert copy.model_hash == hashlib.sha256(listed.encode()).hexdigest()
+
+    path = rng.choice(list(copy.manifest.files))
+    edit(copy, lambda raw: raw["files"][path].update(sha256="0" * 64))
+    assert open_bundle(copy.path).model_hash != bundle.model_hash

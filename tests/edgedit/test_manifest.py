@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
 from edgedit.errors import BundleError
+from edgedit.guidance import Guidance
 from edgedit.json_reader import JsonNode, parse_json
 from edgedit.manifest import FORMAT_VERSION
 from edgedit.manifest_parser import check_references, is_bundle_path, parse_manifest
+from edgedit.schedule_config import FIELDS, check_schedule_config
 
 SCHEMA = json.loads(resources.files("edgedit").joinpath("manifest.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -258,6 +263,21 @@ def test_text_that_is_not_a_json_object_is_refused_in_one_line(text: bytes, reas
     with pytest.raises(BundleError, match=reason) as caught:
         parse_manifest(parse_json(text, "manifest.json"))
     assert "\n" not in str(caught.value)
+
+
+def test_the_manifest_in_the_documentation_is_valid_and_its_fields_are_explained() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    found = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    manifest = json.loads(found.group(1))
+    VALIDATOR.validate(manifest)
+    parsed = parse_manifest(JsonNode(manifest, "docs/bundle.md"))
+    check_references(parsed, "docs/bundle.md")
+    assert parsed.schedule is not None
+    check_schedule_config(parsed.schedule)
+    Guidance.from_manifest(parsed.guidance)
+    for name in [*FIELDS, *(field.name for field in dataclasses.fields(Guidance))]:
+        assert f"`{name}`" in text, name
 
 
 def test_bundle_paths_are_relative_and_portable() -> None:

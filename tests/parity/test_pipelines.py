@@ -37,7 +37,8 @@ def converted(
 def cases() -> list[tuple[str, int, float]]:
     found = []
     for kind in KINDS:
-        # diffusers' PixArtAlphaPipeline asks its scheduler for a second result at one step, which DPM-Solver++ does not give
+        # diffusers' PixArtAlphaPipeline asks its scheduler for a second result at one step, which DPM-Solver++ does not
+        # give
         steps = {"pixart-alpha": (2, 5, 20), "pixart-alpha-ddim": (1, 5)}.get(kind, (1, 2, 5, 20))
         found += [(kind, n, g) for n in steps for g in ((4.5,) if kind == "sana-sprint" else (1.0, 4.5))]
     return found
@@ -53,7 +54,11 @@ def test_latents_and_picture_agree_with_diffusers(
     unit = 32 if kind.startswith("sana") else 8
     width, height = (unit * n for n in random.sample(range(1, 4) if unit == 32 else range(2, 7), 2))
     noise = torch.randn(1, 4, height // space.scale_factor, width // space.scale_factor)
-    options: dict[str, Any] = {"use_resolution_binning": False, "guidance_scale": guidance_scale, "num_inference_steps": steps}
+    options: dict[str, Any] = {
+        "use_resolution_binning": False,
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": steps,
+    }
     negative = None
     if kind == "sana-sprint":
         options["intermediate_timesteps"] = 1.3 if steps == 2 else None
@@ -63,7 +68,9 @@ def test_latents_and_picture_agree_with_diffusers(
     prompt = random.choice(["a Red cat on the big square", "blue circle , and green DOG"])
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        latents = reference(prompt, height=height, width=width, latents=noise, generator=generator, output_type="latent", **options)[0]
+        latents = reference(
+            prompt, height=height, width=width, latents=noise, generator=generator, output_type="latent", **options
+        )[0]
         picture = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
     picture = reference.image_processor.postprocess(picture, output_type="pil")[0]
 

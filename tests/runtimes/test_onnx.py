@@ -65,7 +65,9 @@ def test_wrong_inputs_are_named(bundle_path: Path) -> None:
 
 def test_what_this_machine_or_bundle_lacks_is_refused(bundle_path: Path) -> None:
     bundle = open_bundle(bundle_path)
-    with pytest.raises(RuntimeUnavailableError, match=r"CUDAExecutionProvider is not in this onnxruntime; it has: .*CPU"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"CUDAExecutionProvider is not in this onnxruntime; it has: .*CPU"
+    ):
         open_runtime(bundle, options=RuntimeOptions(providers=("cuda",)))
     with pytest.raises(InputError, match="unknown backend 'tpu'; choose one of: auto, onnx"):
         open_runtime(bundle, "tpu")

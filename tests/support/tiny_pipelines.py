@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-import diffusers
-
-WORDS = "a an the red blue green cat dog on in of big small circle square given user prompt generate image with and is , . :".split()
+WORDS = (
+    "a an the red blue green cat dog on in of big small circle square given user prompt generate image with and is , ."
+).split()
 
 
 def word_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
@@ -42,16 +43,30 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
 
 def _t5() -> T5EncoderModel:
     config = T5Config(
-        vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0
+        vocab_size=64,
+        d_model=24,
+        d_kv=6,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
     )
     return T5EncoderModel(config)
 
 
 def _gemma() -> Gemma2Model:
     config = Gemma2Config(
-        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, sliding_window=16, max_position_embeddings=1024,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=1024,
+    )
     return Gemma2Model(config)
 
 
@@ -130,13 +145,23 @@ def build_pipeline(kind: str, seed: int) -> Any:
         scheduler: Any = diffusers.DPMSolverMultistepScheduler(**DPM_VP)
         if kind.endswith("ddim"):
             scheduler = diffusers.DDIMScheduler(**DPM_VP, clip_sample=False)
-        parts = {"tokenizer": word_tokenizer(bos=False), "text_encoder": _t5(), "vae": _kl(), "transformer": _pixart(alpha=alpha)}
+        parts = {
+            "tokenizer": word_tokenizer(bos=False),
+            "text_encoder": _t5(),
+            "vae": _kl(),
+            "transformer": _pixart(alpha=alpha),
+        }
     else:
         sprint = kind == "sana-sprint"
         cls = diffusers.SanaSprintPipeline if sprint else diffusers.SanaPipeline
         scheduler = diffusers.SCMScheduler() if sprint else diffusers.DPMSolverMultistepScheduler(**DPM_FLOW)
         extra = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "timestep_scale": 1.0} if sprint else {}
-        parts = {"tokenizer": word_tokenizer(bos=True), "text_encoder": _gemma(), "vae": _dc(), "transformer": _sana(**extra)}
+        parts = {
+            "tokenizer": word_tokenizer(bos=True),
+            "text_encoder": _gemma(),
+            "vae": _dc(),
+            "transformer": _sana(**extra),
+        }
     for index, name in enumerate(("text_encoder", "vae", "transformer")):
         randomize(parts[name], seed + index)
         parts[name].eval()

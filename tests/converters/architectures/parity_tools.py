@@ -1,4 +1,4 @@
-"""What a parity test needs: a fresh seed, weights that leave nothing at zero, the saved graph in ONNX Runtime, a measure."""
+"""What a parity test needs: fresh seeds, weights that leave nothing at zero, the saved graph run, and a measure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from safetensors.torch import save_file
+
 from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.safetensors_file import read_safetensors
-from safetensors.torch import save_file
 
 __all__ = [
     "BASE_SEED",
@@ -74,7 +75,7 @@ def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def parameter_shapes(component: Component) -> tuple[dict[str, tuple[int, ...]], float]:
-    """Shape of every parameter of the built graph as a checkpoint stores it, and the seconds of processor time that building took."""
+    """Shape of every parameter of the built graph as a checkpoint stores it, and the processor seconds it took."""
     started = time.process_time()
     model = build(component)
     seconds = time.process_time() - started

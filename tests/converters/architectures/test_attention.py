@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression, LinearAttention
-from edgedit.converters.architectures.layers import Module, Op, Value, int64s
-from edgedit.converters.graph import Component, TensorSpec, build
 from parity_tools import BASE_SEED, TOLERANCE, Graph, fresh_seed, randomise, relative_l2
 from torch.nn import functional
 
+from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression, LinearAttention
+from edgedit.converters.architectures.layers import Module, Op, Value, int64s
+from edgedit.converters.graph import Component, TensorSpec, build
 from edgedit.errors import ConversionError
 
 
@@ -81,8 +81,13 @@ def test_linear_attention_equals_the_explicit_normalised_kernel(case: int, tmp_p
     seed = fresh_seed(case)
     random = np.random.default_rng(seed)
     heads, head_dim = int(random.integers(1, 6)), int(random.choice([4, 8, 16, 32]))
-    qk_norm = "rms_norm_across_heads" if case % 2 else None
+    qk_norm = (None, "rms_norm_across_heads", "layer_norm_across_heads")[case % 3]
     reference, component = linear_pair(seed, heads, head_dim, bias=bool(case & 2), qk_norm=qk_norm)
+    with torch.no_grad():
+        # Small enough for the eps of their norms to count.
+        for name in ("to_q", "to_k"):
+            for parameter in getattr(reference, name).parameters():
+                parameter.mul_(0.02)
     graph = Graph(component, prefixed(reference), tmp_path)
     for height, width in ((9, 14), (1, 5), (20, 20)):
         x = torch.from_numpy(

@@ -231,9 +231,9 @@ def test_missing_entries_mean_the_defaults_of_the_class_which_are_gemma_2_2b() -
     """Also: it builds in seconds, with the parameters of transformers, none of them allocated."""
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in Gemma2Model(Gemma2Config()).state_dict().items()}
-    start = time.perf_counter()
+    start = time.process_time()
     model = graph.build(gemma2.build_text_encoder({}))
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert all(value.const_value is None for value in model.graph.initializers.values())
     got = {}
     for name, value in model.graph.initializers.items():

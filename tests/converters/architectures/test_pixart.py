@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from edgedit.converters.architectures.pixart import build_transformer
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from parity_tools import (
     BASE_SEED,
@@ -23,6 +22,7 @@ from parity_tools import (
 )
 from torch.nn import functional
 
+from edgedit.converters.architectures.pixart import build_transformer
 from edgedit.errors import ConversionError
 from edgedit.positions import pos_embed_table
 
@@ -33,7 +33,7 @@ def draw_config(random: np.random.Generator, **fixed: Any) -> dict[str, Any]:
     heads = int(random.integers(1, 5)) * (3 if sized else 1)
     head_dim = int(random.choice([4, 8, 12]))
     in_channels = int(random.integers(1, 7))
-    config = {
+    return {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
         "in_channels": in_channels,
@@ -51,7 +51,6 @@ def draw_config(random: np.random.Generator, **fixed: Any) -> dict[str, Any]:
         "caption_channels": int(random.integers(3, 40)),
         **fixed,
     }
-    return config
 
 
 def draw_inputs(
@@ -139,19 +138,20 @@ def test_the_padding_mask_hides_the_text_that_it_covers(tmp_path: Path) -> None:
     assert np.array_equal(*outputs)
 
 
-class CompressingProcessor:
-    """PixArt-Sigma, section 3.2, as a processor of diffusers' Attention: keys and values shortened as maps."""
+class SigmaProcessor:
+    """Self-attention of PixArt-Sigma's repository as a processor of diffusers' Attention: norms over all heads of query
+    and key, keys and values shortened as maps (section 3.2)."""
 
-    def __init__(self, factor: int, sampling: str) -> None:
+    def __init__(self, factor: int, sampling: str | None) -> None:
         self.factor, self.sampling = factor, sampling
         self.grid = (0, 0)
 
     def __call__(self, attention: Any, x: torch.Tensor, **_: Any) -> torch.Tensor:
-        q, k, v = (
-            attention.to_q(x),
-            self.compress(attention, attention.to_k(x)),
-            self.compress(attention, attention.to_v(x)),
-        )
+        q, k, v = attention.to_q(x), attention.to_k(x), attention.to_v(x)
+        if attention.norm_q is not None:
+            q, k = attention.norm_q(q), attention.norm_k(k)
+        if self.sampling is not None:
+            k, v = self.compress(attention, k), self.compress(attention, v)
         q, k, v = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (q, k, v))
         return attention.to_out[0](functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -162,22 +162,30 @@ class CompressingProcessor:
         return functional.interpolate(x, scale_factor=1 / self.factor, mode="nearest").flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("sampling", ["conv", "ave"])
-def test_sigma_with_compressed_keys_and_values_matches_torch(sampling: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "qk_norm"),
+    [("conv", None), ("ave", None), ("conv", "layer_norm_across_heads"), (None, "layer_norm_across_heads")],
+)
+def test_sigma_with_compressed_keys_and_values_matches_torch(
+    sampling: str | None, qk_norm: str | None, tmp_path: Path
+) -> None:
     seed = fresh_seed(60)
     random = np.random.default_rng(seed)
     config = draw_config(random, num_layers=3, use_additional_conditions=False)
     model = PixArtTransformer2DModel(**config)
-    processor, factor = CompressingProcessor(2, sampling), 2
-    width = config["cross_attention_dim"]
-    for index in (1, 2):
-        attention = model.transformer_blocks[index].attn1
-        if sampling == "conv":
-            attention.sr = torch.nn.Conv2d(width, width, factor, stride=factor, groups=width)
-            attention.norm = torch.nn.LayerNorm(width)
-        attention.set_processor(processor)
+    width, factor, layers = config["cross_attention_dim"], 2, (1, 2)
+    processor, plain = SigmaProcessor(factor, sampling), SigmaProcessor(factor, None)
+    for index, block in enumerate(model.transformer_blocks):
+        if qk_norm is not None:
+            block.attn1.norm_q, block.attn1.norm_k = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        if sampling == "conv" and index in layers:
+            block.attn1.sr = torch.nn.Conv2d(width, width, factor, stride=factor, groups=width)
+            block.attn1.norm = torch.nn.LayerNorm(width)
+        block.attn1.set_processor(processor if index in layers else plain)
     randomise(model, seed)
-    config["kv_compress_config"] = {"sampling": sampling, "scale_factor": factor, "kv_compress_layer": [1, 2]}
+    config["qk_norm"] = qk_norm
+    if sampling is not None:
+        config["kv_compress_config"] = {"sampling": sampling, "scale_factor": factor, "kv_compress_layer": list(layers)}
     component = build_transformer(config)
     graph = Graph(component, model, tmp_path)
     for grid in ((4, 6), (5, 7), (2, 9)):
@@ -279,6 +287,7 @@ def test_the_configuration_of_the_first_checkpoints_is_understood() -> None:
         ({"use_additional_conditions": True}, "use_additional_conditions=True"),
         ({"caption_channels": "many"}, "caption_channels='many'"),
         ({"rotary": True}, "rotary=True"),
+        ({"qk_norm": "l2"}, "qk_norm='l2'"),
         ({"kv_compress_config": {"sampling": "max", "scale_factor": 2, "kv_compress_layer": [0]}}, "sampling='max'"),
     ],
 )

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from edgedit.converters.architectures.sana import build_transformer
 from parity_tools import (
     BASE_SEED,
     TOLERANCE,
@@ -21,10 +20,11 @@ from parity_tools import (
     relative_l2,
 )
 
+from edgedit.converters.architectures.sana import build_transformer
 from edgedit.errors import ConversionError
 from edgedit.positions import pos_embed_table
 
-RMS = "rms_norm_across_heads"
+RMS, LAYER = "rms_norm_across_heads", "layer_norm_across_heads"
 
 
 def draw_config(random: np.random.Generator, **fixed: Any) -> dict[str, Any]:
@@ -84,6 +84,7 @@ FIXED: list[dict[str, Any]] = [
     {"guidance_embeds": False, "qk_norm": None, "interpolation_scale": None, "patch_size": 1},
     {"guidance_embeds": True, "qk_norm": RMS, "interpolation_scale": None, "patch_size": 1},
     {"guidance_embeds": False, "qk_norm": RMS},
+    {"qk_norm": LAYER},
     {"patch_size": 2, "interpolation_scale": 2},
     {"patch_size": 2, "interpolation_scale": None, "guidance_embeds": True},
     {"interpolation_scale": 1, "guidance_embeds": True},

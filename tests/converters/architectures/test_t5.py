@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
@@ -250,9 +249,9 @@ def test_t5_xxl_builds_in_seconds_with_the_parameters_of_transformers_and_no_wei
     config = T5Config(
         d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"
     )
-    start = time.perf_counter()
+    start = time.process_time()
     count = assert_same_parameters(config.to_dict(), T5EncoderModel, config)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert count == 4_762_310_656
 
 

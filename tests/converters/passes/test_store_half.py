@@ -42,5 +42,7 @@ def test_small_tensors_stay_float32() -> None:
 def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     weight = np.ones((64, 48), np.float32)
     weight[3, 4] = 7e4
-    with pytest.raises(ConversionError, match=r"component: weight w does not fit into float16; convert with --dtype fp32"):
+    with pytest.raises(
+        ConversionError, match=r"component: weight w does not fit into float16; convert with --dtype fp32"
+    ):
         lowering.write(matmul(weight), tmp_path, "component", dtype="fp16")

@@ -1,0 +1,94 @@
+"""`edgedit generate`: prompt → pictures."""
+
+from __future__ import annotations
+
+from edgedit.apps.cli import generate_options as flag
+from edgedit.apps.cli.progress import make_progress
+from edgedit.apps.cli.replay import load_replay
+from edgedit.apps.cli.request import Request, parse_interval, parse_seeds, parse_sigmas, parse_size, read_prompt
+from edgedit.errors import InputError
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompt: flag.Prompt = None,
+    prompt_option: flag.PromptOption = None,
+    prompt_file: flag.PromptFile = None,
+    negative_prompt: flag.NegativePrompt = None,
+    model: flag.Model = None,
+    steps: flag.Steps = None,
+    seed: flag.Seeds = None,
+    batch_count: flag.BatchCount = 1,
+    width: flag.Width = None,
+    height: flag.Height = None,
+    size: flag.Size = None,
+    guidance: flag.GuidanceScale = None,
+    guidance_interval: flag.GuidanceInterval = None,
+    sampler: flag.Sampler = None,
+    sigmas: flag.Sigmas = None,
+    rng: flag.Rng = None,
+    allow_empty: flag.AllowEmpty = False,
+    image: flag.ImagePath = None,
+    strength: flag.Strength = None,
+    latents_in: flag.LatentsIn = None,
+    config_from_metadata: flag.Replayed = None,
+    output: flag.Output = None,
+    preview: flag.Preview = None,
+    latents_out: flag.LatentsOut = None,
+    no_metadata: flag.NoMetadata = False,
+    as_json: flag.AsJson = False,
+    quiet: flag.Quiet = False,
+    verbose: flag.Verbose = False,
+    backend: flag.Backend = "auto",
+    provider: flag.Providers = None,
+    threads: flag.Threads = None,
+    low_ram: flag.LowRam = False,
+    graph_cache: flag.GraphCache = False,
+    no_cache: flag.NoCache = False,
+    offline: flag.Offline = False,
+) -> None:
+    """Draw pictures from a prompt.
+
+    edgedit generate "a red circle above a blue square on a white background" -s 7
+    """
+    if quiet and verbose:
+        raise InputError("give either --quiet or --verbose, not both")
+    replay = None if config_from_metadata is None else load_replay(config_from_metadata)
+    columns, rows = parse_size(size, width, height)
+    request = Request(
+        prompt=read_prompt(prompt, prompt_option, prompt_file),
+        allow_empty=allow_empty,
+        negative_prompt=negative_prompt,
+        negative_is_explicit=bool(negative_prompt),
+        model=model,
+        steps=steps,
+        seeds=parse_seeds(seed or (replay.seeds if replay else []), batch_count),
+        width=columns,
+        height=rows,
+        guidance_scale=guidance,
+        guidance_interval=parse_interval(guidance_interval),
+        sampler=sampler,
+        sigmas=parse_sigmas(sigmas),
+        rng=rng,
+        image=image,
+        strength=strength,
+        latents_in=latents_in,
+        latents_out=latents_out,
+        output=output,
+        preview=preview,
+        metadata=not no_metadata,
+        backend=backend,
+        providers=tuple(provider or ()),
+        threads=threads,
+        low_ram=low_ram,
+        graph_cache=graph_cache,
+        use_cache=not no_cache,
+        offline=offline,
+    )
+    if replay is not None:
+        request = replay.complete(request)
+    request.check()
+    from edgedit.apps.cli.drawing import draw
+
+    draw(request, make_progress(quiet=quiet, events=as_json), verbose=verbose)

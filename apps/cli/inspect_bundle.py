@@ -1,0 +1,112 @@
+"""What `inspect` tells of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgedit.apps.cli.tables import count, decibels, megabytes, print_facts, print_line, print_table, small
+
+__all__ = ["bundle_document", "print_bundle"]
+
+#: Characters of a prompt template that are shown.
+TEMPLATE_SHOWN = 80
+
+
+def bundle_document(path: Path) -> dict[str, Any]:
+    """The manifest, with the folder, the model's hash and its size. Raises BundleError."""
+    from edgedit.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "model_hash": bundle.model_hash,
+        "size": size,
+        "manifest": bundle.manifest.raw,
+    }
+
+
+def print_bundle(document: Mapping[str, Any]) -> None:
+    """The same for people."""
+    manifest = document["manifest"]
+    provenance = manifest["provenance"]
+    print_line(f"{document['path']}: a bundle")
+    print_facts(
+        {
+            "name": manifest["name"],
+            "family": manifest["family"],
+            "pipeline": manifest["pipeline_class"],
+            "hash": document["model_hash"][:16],
+            "size": megabytes(document["size"]),
+            "licence": provenance["licence"],
+            "source": provenance["source"],
+            "revision": provenance["revision"],
+            "converted": provenance["created"],
+            "options": _plain(provenance["options"]),
+            "versions": _plain(provenance["versions"]),
+        }
+    )
+    rows = [
+        [
+            name,
+            part["architecture"],
+            count(part["parameters"]),
+            backend,
+            artefact["precision"],
+            megabytes(sum(manifest["files"][file]["size"] for file in artefact["files"])),
+            *_parity(artefact["parity"]),
+        ]
+        for name, part in manifest["components"].items()
+        for backend, artefact in part["artefacts"].items()
+    ]
+    print_table(
+        ["component", "architecture", "parameters", "backend", "precision", "size", "parity", "relative L2"], rows
+    )
+    for name, part in manifest["components"].items():
+        print_line(f"{name}: {_tensors(part['inputs'])} -> {_tensors(part['outputs'])}")
+    print_line()
+    print_facts({key: value for key, value in _settings(manifest).items() if value})
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    best, prompt, latents = manifest["recommended"], manifest["prompt"], manifest["latents"]
+    return {
+        "draws": best
+        and f"{best['width']}x{best['height']}, {best['steps']} steps, {best['sampler']}, "
+        f"guidance {best['guidance_scale']:g}",
+        "sizes": best and ", ".join(f"{width}x{height}" for width, height in best["sizes"]),
+        "schedule": manifest["schedule"] and _plain(manifest["schedule"]),
+        "guidance": manifest["guidance"] and _plain(manifest["guidance"]),
+        "latents": latents
+        and f"{latents['channels']} channels at 1/{latents['scale_factor']}, "
+        f"sides multiples of {latents['size_multiple']}, "
+        f"scaling {latents['scaling_factor']:g}, shift {latents['shift_factor']:g}, "
+        f"{'with' if latents['preview'] else 'no'} preview",
+        "positions": manifest["positions"] and _plain(manifest["positions"]),
+        "conditioning": manifest["conditioning"] and _plain(manifest["conditioning"]),
+        "prompt": prompt
+        and f"at most {prompt['positive']['max_length']} tokens, "
+        f"{'lower case' if prompt['lower'] else 'case kept'}, padding {prompt['padding']}, "
+        f"template {_short(prompt['positive']['template'])!r}",
+    }
+
+
+def _parity(parity: Mapping[str, Any] | None) -> Sequence[str]:
+    if parity is None:
+        return "not measured", "-"
+    return decibels(parity["psnr_db"]), small(parity["relative_l2"])
+
+
+def _tensors(specs: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{spec['name']} {spec['dtype']}[{', '.join(map(str, spec['shape']))}]" for spec in specs)
+
+
+def _plain(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(str(value))}" for key, value in section.items() if value is not None)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= TEMPLATE_SHOWN else text[: TEMPLATE_SHOWN // 2] + "…" + text[-TEMPLATE_SHOWN // 2 :]

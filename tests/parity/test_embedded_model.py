@@ -1,0 +1,66 @@
+"""The embedded model: the same pictures as diffusers draws from its checkpoint, and pictures of what was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import edgedit
+from edgedit.api import BUILTIN
+
+CHECKPOINT = Path(__file__).parent.parent.parent / "models" / "scenes"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> edgedit.Pipeline:
+    return edgedit.load()
+
+
+def test_the_checkpoint_is_small_enough_to_ship() -> None:
+    for folder in (CHECKPOINT, BUILTIN):
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 30e6
+
+
+def test_the_embedded_bundle_is_what_convert_makes_of_the_checkpoint(tmp_path: Path) -> None:
+    edgedit.convert(CHECKPOINT, tmp_path / "scenes.edgedit", dtype="fp16")
+    made, shipped = (
+        json.loads((folder / "manifest.json").read_text()) for folder in (tmp_path / "scenes.edgedit", BUILTIN)
+    )
+    graphs = {path for path in shipped["files"] if not path.startswith("reference/")}
+    assert {path: made["files"][path] for path in graphs} == {path: shipped["files"][path] for path in graphs}
+    for section in ("schedule", "latents", "prompt", "recommended", "guidance", "positions"):
+        if section != "latents":
+            assert made[section] == shipped[section]
+    assert edgedit.verify(BUILTIN).passed
+
+
+def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit.Pipeline) -> None:
+    reference = DiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    recommended, limit = pipe.bundle.manifest.recommended, pipe.bundle.manifest.prompt
+    assert recommended is not None
+    assert limit is not None
+    for prompt in ("a red circle above a blue square on a white background", "three small yellow stars", ""):
+        seed = random.randrange(2**31)
+        latents = reference(
+            prompt,
+            num_inference_steps=recommended.steps,
+            guidance_scale=recommended.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            use_resolution_binning=False,
+            max_sequence_length=limit.positive.max_length,
+            output_type="latent",
+        )[0]
+        with torch.no_grad():
+            picture = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
+        result = pipe.generate(prompt, seed=seed, rng="torch")
+        error = np.linalg.norm(result.latents - latents.numpy()) / np.linalg.norm(latents.numpy())
+        assert error <= 1e-4, (prompt, seed)
+        wanted = np.asarray(reference.image_processor.postprocess(picture, output_type="pil")[0], np.int16)
+        assert np.abs(np.asarray(result.images[0], np.int16) - wanted).max() <= 2, (prompt, seed)
