@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedit.apps.cli.interrupt import Interrupt
-from edgedit.apps.cli.progress import Progress, peak_memory
+from edgedit.apps.cli.progress import Progress
 from edgedit.apps.cli.start import Start, plan_latents, save_latents
 from edgedit.apps.cli.tables import megabytes
 from edgedit.errors import BundleError, InputError
@@ -36,6 +36,7 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
     """
     import edgedit
     from edgedit.apps.cli.bundles import find_bundle
+    from edgedit.device import peak_memory
     from edgedit.outputs import plan_outputs
 
     outputs = plan_outputs(request.output, request.seeds)
@@ -87,6 +88,7 @@ class Run:
     index: int = 0
 
     def __post_init__(self) -> None:
+        from edgedit.guidance import Guidance
         from edgedit.recipes import Recipe
 
         request, manifest = self.request, self.pipe.bundle.manifest
@@ -110,10 +112,10 @@ class Run:
             has_latents=self.start.latents is not None,
             **self.settings,
         )
-        kind = manifest.guidance.kind if manifest.guidance else "none"
-        self.guided = kind == "cfg" and self.recipe.guidance_scale > 1
+        guidance = Guidance.from_manifest(manifest.guidance)
+        self.guided = guidance.needs_negative(self.recipe.guidance_scale)
         best = manifest.recommended.guidance_scale if manifest.recommended else 1.0
-        if kind == "none" and self.recipe.guidance_scale not in (1.0, best):
+        if guidance.kind == "none" and self.recipe.guidance_scale not in (1.0, best):
             raise InputError("--guidance does nothing for this model, which was distilled to run without; leave it out")
         if not self.guided and request.negative_is_explicit:
             raise InputError(

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from edgedit import __version__
+from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
 from edgedit.apps.cli.generate import generate
 from edgedit.apps.cli.inspect import inspect
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, verify, models):
+for command in (generate, convert, inspect, verify, bench, models):
     app.command(no_args_is_help=False)(command)
 
 

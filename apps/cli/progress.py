@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Bars", "Events", "Lines", "Progress", "make_progress", "peak_memory"]
+__all__ = ["Bars", "Events", "Lines", "Progress", "make_progress"]
 
 #: Seconds between two lines about one stage where there is no terminal to redraw.
 LINE_INTERVAL = 5.0
@@ -183,16 +183,6 @@ def make_progress(*, quiet: bool = False, events: bool = False) -> Progress:
     if quiet:
         return Progress()
     return Bars() if sys.stderr.isatty() else Lines()
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _amount(done: int, total: int) -> str:

@@ -47,7 +47,7 @@ class FuseForCpu(ir.passes.InPlacePass):
         old, new = node.outputs[0], fused.outputs[0]
         new.name, new.type, new.shape = old.name, old.type, old.shape
         graph.insert_before(node, fused)
-        ir.convenience.replace_all_uses_with(old, new)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         self.changes["MultiHeadAttention"] += 1
 
@@ -57,7 +57,7 @@ def _is_plain(node: ir.Node) -> bool:
     attributes = node.attributes
     if "q_num_heads" not in attributes or attributes["q_num_heads"].as_int() != attributes["kv_num_heads"].as_int():
         return False
-    if len([o for o in node.outputs if o.uses()]) != 1 or len(node.inputs) > 4:
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]) or len(node.inputs) > 4:
         return False
     causal = attributes["is_causal"].as_int() if "is_causal" in attributes else 0
     softcap = attributes["softcap"].as_float() if "softcap" in attributes else 0.0

@@ -36,14 +36,15 @@ class StoreHalf(ir.passes.InPlacePass):
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
                 continue
             users = [(use.node, use.idx) for use in value.uses()]
-            if not users:
+            shape = value.shape
+            if not users or shape is None:
                 continue
             stored = ir.Value(
                 name=name,
                 type=ir.TensorType(ir.DataType.FLOAT16),
-                shape=value.shape,
+                shape=shape,
                 const_value=ir.LazyTensor(
-                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=value.shape, name=name, cache=False
+                    _half(tensor, name), dtype=ir.DataType.FLOAT16, shape=shape, name=name, cache=False
                 ),
             )
             cast = ir.Node(

@@ -56,7 +56,7 @@ def test_half_precision_halves_the_weights_and_says_what_it_cost(saved_pipeline:
     def data(name: str) -> int:
         return (tmp_path / f"{name}.edgedit" / "onnx" / "transformer.onnx.data").stat().st_size
 
-    assert data("half") < 0.7 * data("full")
+    assert data("half") < 0.8 * data("full")  # a tiny model is mostly biases and norms, which stay float32
     transformer = next(c for c in report.components if c.name == "transformer")
     assert transformer.parity is not None
     assert 1e-6 < transformer.parity["relative_l2"] < 1e-2

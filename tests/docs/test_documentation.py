@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from edgedit.api import BUILTIN
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -24,8 +26,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with the repository's checkpoint in it, as the pages assume."""
+    """A folder with the repository's checkpoint and a bundle in it, as the pages assume."""
     (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "cat.edgedit").symlink_to(BUILTIN)
     return tmp_path
 
 

@@ -47,6 +47,8 @@ JUNK: list[Any] = [
     *([], {}, [1], [1, 2], [1, 2, 3], [1.5, 2, 3], ["x"], [[1, 2]], [["a", 1]], {"x": 1}, {"path": "a", "for": []}),
 ]
 
+FIGURES = {"against": "x", "cosine": 1, "psnr_db": 60.5, "max_abs": 0.5, "relative_l2": 0}
+
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) below `value`."""
@@ -128,6 +130,26 @@ def test_parser_and_schema_agree_on_mutated_manifests(
         assert error is None or "\n" not in error
     assert accepted > 100
     assert refused > 600
+
+
+def test_parser_and_schema_agree_on_every_value_in_every_place(
+    rng: random.Random, random_manifest: Callable[[random.Random], dict[str, Any]]
+) -> None:
+    manifest = full_manifest(rng, random_manifest)
+    transformer = manifest["components"]["transformer"]
+    transformer["artefacts"] = {"onnx": transformer["artefacts"]["onnx"] | {"parity": FIGURES}}
+    transformer["inputs"], transformer["outputs"] = transformer["inputs"][:1], transformer["outputs"][:1]
+    manifest["components"] = {"transformer": transformer}
+    manifest["files"] = dict(list(manifest["files"].items())[:1])
+    manifest["latents"]["preview"] = {"factors": [[1, 2, 3]], "bias": [1, 2, 3]}
+    VALIDATOR.validate(manifest)
+    for container, key in list(places(manifest)):
+        sound = container[key]
+        for value in JUNK:
+            container[key] = value
+            error = refusal(manifest)
+            assert (error is None) == VALIDATOR.is_valid(manifest), (error, json.dumps(manifest))
+        container[key] = sound
 
 
 def test_every_value_that_the_records_hold_is_the_manifests_own(

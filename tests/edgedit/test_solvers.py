@@ -191,7 +191,7 @@ OPTIONS: list[Case] = [
     ("UniPCMultistepScheduler", {**FLOW, "final_sigmas_type": "sigma_min"}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}),
     *(("FlowMatchEulerDiscreteScheduler", {f"use_{kind}_sigmas": True}) for kind in ("karras", "exponential")),
-    ("LCMScheduler", {"prediction_type": "v_prediction", "original_inference_steps": 100, "timestep_scaling": 3.0}),
+    ("LCMScheduler", {"prediction_type": "v_prediction", "original_inference_steps": 100, "timestep_scaling": 0.3}),
     ("LCMScheduler", {"prediction_type": "sample", "clip_sample": True}),
     ("TCDScheduler", {"prediction_type": "sample"}),
 ]

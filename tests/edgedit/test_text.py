@@ -284,12 +284,14 @@ def test_settings_inside_tokenizer_json_do_not_add_to_the_recipe(
 ) -> None:
     found = read_tokenizer(t5_folder)
     backend = Backend.from_str(found.json)
-    backend.enable_truncation(5)
-    backend.enable_padding(length=77)
-    (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    recipe = prompt_of(prompt_recipe(found, max_length=12, padding="longest"))
-    tokens = Tokenizer(tmp_path / "tokenizer.json", recipe).encode("red red red red red red red")
-    assert len(tokens.ids) == Tokenizer(tmp_path / "tokenizer.json", recipe).encode("red " * 7).n_tokens > 5
+    expected = backend.encode("red cat, above").ids
+    assert len(expected) > 4
+    recipe = prompt_of(prompt_recipe(found, max_length=40, padding="longest"))
+    for settle in (lambda: backend.enable_truncation(3), lambda: backend.enable_padding(length=33)):
+        settle()
+        (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+        assert Tokenizer(tmp_path / "tokenizer.json", recipe).encode("red cat, above").ids.tolist() == expected
+        backend.no_truncation()
 
 
 def test_special_tokens_stay_out_when_the_recipe_says_so(t5_folder: Path, tmp_path: Path, prompt_of: PromptOf) -> None:

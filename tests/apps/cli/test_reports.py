@@ -191,10 +191,20 @@ def test_verify_and_inspect_take_names_too(cli: Run, bundle: Path, monkeypatch: 
     assert cli("verify", "tiny", "-t", 1, "-q").status == 0
 
 
+def test_bench_times_the_components_that_are_asked_for(cli: Run, bundle: Path) -> None:
+    flags = ["--components", "decoder,transformer", "--repeat", 1, "-t", 1]
+    report = json.loads(cli("bench", bundle, *flags, "--json").out)
+    assert {part["name"] for part in report["components"]} == {"decoder", "transformer"}
+    assert all(part["best_seconds"] > 0 for part in report["components"])
+    done = cli("bench", bundle, *flags, "--size", "32x16")
+    assert done.status == 0, done.err
+    assert "32×16 px" in done.out
+
+
 def test_no_command_prints_the_help(cli: Run) -> None:
     done = cli()
     assert done.status == 0
-    for command in ("generate", "convert", "inspect", "verify", "models"):
+    for command in ("generate", "convert", "inspect", "verify", "bench", "models"):
         assert command in done.out
         assert cli(command, "--help").status == 0
 
