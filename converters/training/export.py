@@ -1,0 +1,93 @@
+"""Writes trained weights as a diffusers pipeline folder in float16."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from torch import Tensor
+
+from edgedit.converters.training.autoencoder import AUTOENCODER_CONFIG
+from edgedit.converters.training.loop import load_file
+from edgedit.converters.training.teacher import Denoiser, build_models
+from edgedit.converters.training.tokens import build_tokenizer, wrap_tokenizer
+
+__all__ = ["build_scheduler", "export_pipeline", "load_autoencoder", "load_denoiser"]
+
+FLOW_SHIFT = 5.0
+
+
+def build_scheduler(flow_shift: float = FLOW_SHIFT) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ 2M on the flow path."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=flow_shift,
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        final_sigmas_type="zero",
+    )
+
+
+def load_autoencoder(path: Path, config: dict[str, Any] | None = None) -> AutoencoderKL:
+    """The finished autoencoder (float32) from `autoencoder-final.pt`."""
+    autoencoder = AutoencoderKL(**(config or AUTOENCODER_CONFIG), scaling_factor=1.0)
+    autoencoder.load_state_dict(load_file(path)["averaged"])
+    return autoencoder.eval()
+
+
+def load_denoiser(
+    averaged: dict[str, Tensor],
+    text_config: dict[str, Any] | None = None,
+    transformer_config: dict[str, Any] | None = None,
+) -> Denoiser:
+    """Text encoder and transformer (float32) with averaged weights."""
+    denoiser = Denoiser(*build_models(text_config, transformer_config))
+    missing, unexpected = denoiser.load_state_dict(averaged, strict=False)
+    tied = {"text_encoder.encoder.embed_tokens.weight", "transformer.pos_embed.pos_embed"}
+    if unexpected or set(missing) - tied:
+        raise ValueError(f"the checkpoint does not fit the model: {sorted(set(missing) - tied)[:3]} {unexpected[:3]}")
+    return denoiser.eval()
+
+
+def _name_tokenizer(folder: Path) -> None:
+    """Gives the tokenizer's class the name that every release of transformers knows."""
+    for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+
+
+def export_pipeline(
+    run_dir: Path,
+    folder: Path,
+    *,
+    flow_shift: float = FLOW_SHIFT,
+    autoencoder_config: dict[str, Any] | None = None,
+    text_config: dict[str, Any] | None = None,
+    transformer_config: dict[str, Any] | None = None,
+) -> None:
+    """Writes the averaged weights of a run as a `PixArtSigmaPipeline` folder, replacing what was there.
+
+    The configurations are those the run was made with, the module's own when None.
+    """
+    averaged = load_file(run_dir / "transformer.pt")["averaged"]
+    denoiser = load_denoiser(averaged, text_config, transformer_config)
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=wrap_tokenizer(build_tokenizer()),
+        text_encoder=denoiser.text_encoder.to(torch.float16),
+        vae=load_autoencoder(run_dir / "autoencoder-final.pt", autoencoder_config).to(torch.float16),
+        transformer=denoiser.transformer.to(torch.float16),
+        scheduler=build_scheduler(flow_shift),
+    )
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary, safe_serialization=True)
+    _name_tokenizer(temporary)
+    for kept in ("README.md",):
+        if (folder / kept).exists():
+            shutil.copy(folder / kept, temporary / kept)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,181 @@
+"""One resumable training loop for every stage.
+
+All randomness of a step is drawn from `(seed, step)` alone, so a run that was killed and started again from its last
+checkpoint does exactly what an uninterrupted run would have done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Budget", "Stage", "autocast", "load_file", "run_stage", "save_file", "step_rng"]
+
+
+class Stage(Protocol):
+    """What `run_stage` trains."""
+
+    name: str
+    modules: nn.Module
+    learning_rate: float
+
+    def loss(self, step: int) -> Tensor:
+        """Loss of the batch that belongs to a step: a scalar, to be differentiated."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a stage ends: after a number of steps, or after seconds of training (resumed runs go on counting)."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget that is used, from 0 to 1."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        if self.seconds is not None:
+            return min(1.0, seconds / self.seconds)
+        raise ValueError("a budget has steps or seconds")
+
+
+def step_rng(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
+    """The generator of one step."""
+    return np.random.default_rng((seed, purpose, step))
+
+
+def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
+    """bfloat16 for matrix products; weights, norms and the loss stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def save_file(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """Reads what `save_file` wrote; refuses anything but tensors and plain containers."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _learning_rate(peak: float, step: int, progress: float, warm_up: int, decay_share: float) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the budget."""
+    rising = min(1.0, (step + 1) / warm_up)
+    falling = min(1.0, (1.0 - progress) / decay_share)
+    return peak * rising * max(0.0, falling)
+
+
+def run_stage(
+    stage: Stage,
+    run_dir: Path,
+    budget: Budget,
+    *,
+    log: Callable[[str], None] = print,
+    save_every: float = 180.0,
+    log_every: int = 50,
+    warm_up: int = 200,
+    decay_share: float = 0.25,
+    ema_decay: float = 0.999,
+    snapshot_every: float = math.inf,
+    on_snapshot: Callable[[dict[str, Tensor], int], None] | None = None,
+    stop_after: int | None = None,
+) -> dict[str, Tensor]:
+    """Trains a stage until its budget is used, from its last checkpoint if there is one.
+
+    Args:
+        stage: modules and loss.
+        run_dir: holds `<stage.name>.pt`, replaced every `save_every` seconds and at the end.
+        budget: end of training; the learning rate follows it.
+        log: takes one line of progress every `log_every` steps.
+        warm_up: steps of rising learning rate.
+        decay_share: part of the budget over which the learning rate falls to zero.
+        ema_decay: decay per step of the averaged weights, less at the start.
+        snapshot_every: seconds between two calls of `on_snapshot(averaged weights, step)`.
+        stop_after: leave at this step as if interrupted, for tests.
+
+    Returns:
+        The averaged weights (float32), named as in `stage.modules.state_dict()`.
+    """
+    path = run_dir / f"{stage.name}.pt"
+    parameters = dict(stage.modules.named_parameters())
+    tensors: list[Tensor] = list(parameters.values())
+    device = tensors[0].device
+    optimiser = torch.optim.AdamW(
+        tensors, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, eps=1e-8
+    )
+    averaged = {name: value.detach().clone() for name, value in parameters.items()}
+    step, spent = 0, 0.0
+    if path.exists():
+        state = load_file(path)
+        stage.modules.load_state_dict(state["model"])
+        if state["optimiser"] is not None:
+            optimiser.load_state_dict(state["optimiser"])
+        averaged = {name: value.to(device) for name, value in state["averaged"].items()}
+        step, spent = int(state["step"]), float(state["seconds"])
+        log(f"{stage.name}: resumed at step {step}")
+
+    def save() -> None:
+        save_file(
+            {
+                "model": stage.modules.state_dict(),
+                "averaged": averaged,
+                "optimiser": optimiser.state_dict(),
+                "step": step,
+                "seconds": spent,
+            },
+            path,
+        )
+
+    saved_at = snapshot_at = time.monotonic()
+    window: list[Tensor] = []
+    window_start = time.monotonic()
+    stage.modules.train()
+    while (progress := budget.progress(step, spent)) < 1.0 and (stop_after is None or step < stop_after):
+        began = time.monotonic()
+        rate = _learning_rate(stage.learning_rate, step, progress, warm_up, decay_share)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = stage.loss(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            keep = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(averaged.values()), tensors, 1 - keep)
+        step += 1
+        window.append(loss.detach())
+        now = time.monotonic()
+        spent += now - began
+        if step % log_every == 0:
+            speed = len(window) / (now - window_start)
+            mean = torch.stack(window).mean().item()
+            log(f"{stage.name}: step {step} loss {mean:.5f} lr {rate:.2e} {speed:.2f} steps/s {100 * progress:.1f} %")
+            window, window_start = [], time.monotonic()
+        if now - saved_at > save_every:
+            save()
+            saved_at = time.monotonic()
+        if on_snapshot is not None and now - snapshot_at > snapshot_every:
+            on_snapshot(averaged, step)
+            stage.modules.train()
+            snapshot_at = time.monotonic()
+    save()
+    return averaged

@@ -1,0 +1,141 @@
+"""Trains the embedded model: `python -m edgedit.converters.training.train -o RUNDIR`.
+
+Stages: the autoencoder, its decoder alone on cached latents, then the transformer together with its text encoder on the
+same latents. Start the same command again after an interruption and it goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL
+
+from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
+from edgedit.converters.training.data import cache_latents, training_scenes
+from edgedit.converters.training.decoder import DecoderStage
+from edgedit.converters.training.export import export_pipeline, load_autoencoder
+from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
+from edgedit.converters.training.teacher import TeacherStage
+from edgedit.converters.training.world import Scene, render, sample_scene
+
+__all__ = ["main", "parse_budget", "train_autoencoder", "train_decoder", "train_transformer"]
+
+DEFAULT_BUDGET = 6000.0
+"""Seconds."""
+SHARES = {"autoencoder": 0.25, "decoder": 0.1, "transformer": 0.65}
+"""Parts of the budget when all stages run."""
+
+TrainingSet: TypeAlias = tuple[AutoencoderKL, npt.NDArray[np.float16], list[Scene]]
+
+
+def parse_budget(text: str) -> float:
+    """Seconds in "90s", "100m", "2h" or "1.5h"."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    try:
+        return float(text[:-1]) * units[text[-1:]]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90s, 100m or 2h") from None
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def train_autoencoder(run_dir: Path, budget: Budget, *, seed: int, device: torch.device) -> None:
+    """Trains the autoencoder and writes its averaged, standardised weights to `autoencoder-final.pt`."""
+    stage = AutoencoderStage(seed=seed, device=device)
+    averaged = run_stage(stage, run_dir, budget, log=_say, save_every=60, decay_share=0.5)
+    autoencoder = stage.autoencoder
+    autoencoder.load_state_dict(averaged)
+    autoencoder.eval()
+    rng = step_rng(seed, 0, purpose=4)
+    typical = [pictures_to_tensor([render(sample_scene(rng)) for _ in range(32)]) for _ in range(32)]
+    standardise(autoencoder, torch.cat([encode_mean(autoencoder, pictures) for pictures in typical]))
+    save_file({"averaged": autoencoder.state_dict()}, run_dir / "autoencoder-final.pt")
+
+
+def _training_set(run_dir: Path, *, seed: int, count: int, device: torch.device) -> TrainingSet:
+    """Scenes, their cached latents, and the autoencoder that made them."""
+    _say(f"sampling {count} scenes")
+    scenes = training_scenes(count, seed=seed)
+    autoencoder = load_autoencoder(run_dir / "autoencoder-final.pt")
+    autoencoder.to(device, memory_format=torch.channels_last)
+    return autoencoder, cache_latents(autoencoder, scenes, run_dir / f"latents-{seed}-{count}.npy", log=_say), scenes
+
+
+def train_decoder(run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int) -> None:
+    """Trains the decoder on with the encoder frozen, and replaces `autoencoder-final.pt`."""
+    autoencoder, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
+    stage = DecoderStage(autoencoder, latents, scenes, seed=seed, device=device)
+    averaged = run_stage(stage, run_dir, budget, log=_say, save_every=60, decay_share=0.6)
+    stage.modules.load_state_dict(averaged)
+    save_file({"averaged": autoencoder.state_dict()}, run_dir / "autoencoder-final.pt")
+
+
+def train_transformer(
+    run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int, batch_size: int, compiled: bool
+) -> None:
+    """Trains transformer and text encoder on cached latents."""
+    _, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
+    stage = TeacherStage(latents, scenes, seed=seed, device=device, batch_size=batch_size, compiled=compiled)
+    run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.train", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUNDIR", help="checkpoints and caches")
+    parser.add_argument("--stage", choices=("autoencoder", "decoder", "transformer", "all"), default="all")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--budget", type=parse_budget, help="training time in all, such as 100m (the default)")
+    length.add_argument("--steps", type=int, help="training steps of each stage, instead of a time")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
+    parser.add_argument("--batch", type=int, default=64, help="captions and latents per step of the transformer")
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pipeline here at the end")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if (options.steps is not None and options.steps < 1) or (options.budget is not None and options.budget <= 0):
+        parser.error("--steps and --budget must be positive")
+    seconds = options.budget if options.budget is not None else DEFAULT_BUDGET
+
+    def budget(stage: str) -> Budget:
+        if options.steps is not None:
+            return Budget(steps=options.steps)
+        return Budget(seconds=seconds * (SHARES[stage] if options.stage == "all" else 1))
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.stage in ("autoencoder", "all"):
+        train_autoencoder(options.output, budget("autoencoder"), seed=options.seed, device=device)
+    if options.stage in ("decoder", "all"):
+        train_decoder(options.output, budget("decoder"), seed=options.seed, device=device, scene_count=options.scenes)
+    if options.stage in ("transformer", "all"):
+        train_transformer(
+            options.output,
+            budget("transformer"),
+            seed=options.seed,
+            device=device,
+            scene_count=options.scenes,
+            batch_size=options.batch,
+            compiled=not options.no_compile,
+        )
+    if options.export is not None:
+        export_pipeline(options.output, options.export)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

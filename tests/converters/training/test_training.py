@@ -1,0 +1,213 @@
+"""The training loop: what an interruption leaves behind, and what comes out at the end."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file as load_safetensors
+
+from edgedit.converters.training import train
+from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
+from edgedit.converters.training.data import cache_latents, training_scenes
+from edgedit.converters.training.decoder import DecoderStage
+from edgedit.converters.training.evaluate import evaluate, held_out_prompts, open_model
+from edgedit.converters.training.export import export_pipeline
+from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
+from edgedit.converters.training.teacher import PlainAttention, TeacherStage
+from edgedit.converters.training.world import is_held_out, render
+
+TINY_AUTOENCODER: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [4, 4, 8, 8],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "sample_size": 128,
+}
+TINY_TEXT: dict[str, Any] = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+TINY_TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "cross_attention_dim": 16,
+    "sample_size": 16,
+    "patch_size": 2,
+    "caption_channels": 16,
+    "interpolation_scale": 1,
+    "use_additional_conditions": False,
+}
+CPU = torch.device("cpu")
+
+
+def teacher(seed: int) -> TeacherStage:
+    scenes = training_scenes(12, seed=seed)
+    latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    return TeacherStage(
+        latents,
+        scenes,
+        seed=seed,
+        device=CPU,
+        text_config=TINY_TEXT,
+        transformer_config=TINY_TRANSFORMER,
+        batch_size=4,
+        compiled=False,
+    )
+
+
+def autoencoder(seed: int) -> AutoencoderStage:
+    return AutoencoderStage(seed=seed, device=CPU, config=TINY_AUTOENCODER, batch_size=2, crop_steps=3)
+
+
+@pytest.mark.parametrize("make", [teacher, autoencoder])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(make: Any, tmp_path: Path) -> None:
+    seed = int(np.random.default_rng().integers(2**31))
+    whole = run_stage(make(seed), tmp_path / "whole", Budget(steps=6), log=lambda line: None, warm_up=2)
+    for stop in (2, 5, None):
+        parts = run_stage(
+            make(seed), tmp_path / "parts", Budget(steps=6), log=lambda line: None, warm_up=2, stop_after=stop
+        )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole), f"seed {seed}"
+    start = dict(make(seed).modules.named_parameters())
+    moved = [name for name in whole if not torch.equal(whole[name], start[name])]
+    assert len(moved) > 0.9 * len(whole), f"seed {seed}"
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_file({"step": 1}, path)
+
+    class Unwritable:
+        def __reduce__(self) -> Any:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        save_file({"step": 2, "broken": Unwritable()}, path)
+    assert load_file(path)["step"] == 1
+
+
+def test_training_scenes_are_never_held_out_and_depend_on_their_number_alone() -> None:
+    scenes = training_scenes(200, seed=4)
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert training_scenes(7, seed=4) == scenes[:7]
+    assert training_scenes(7, seed=5) != scenes[:7]
+
+
+def test_plain_attention_is_the_attention_of_diffusers() -> None:
+    stage = teacher(3)
+    transformer = stage.modules.transformer
+    assert all(isinstance(processor, PlainAttention) for processor in transformer.attn_processors.values())
+    torch.manual_seed(0)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 16, 16),
+        "encoder_hidden_states": torch.randn(2, 7, 16),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1] * 7]),
+        "timestep": torch.tensor([20.0, 900.0]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    with torch.no_grad():
+        ours = transformer(**inputs).sample
+        transformer.set_default_attn_processor()
+        theirs = transformer(**inputs).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_standardising_changes_the_latents_and_not_the_picture() -> None:
+    torch.manual_seed(1)
+    model = AutoencoderKL(**TINY_AUTOENCODER).eval()
+    pictures = pictures_to_tensor([render(scene) for scene in training_scenes(6, seed=1)])
+    with torch.no_grad():
+        before = model.decode(model.encode(pictures).latent_dist.mode()).sample
+        standardise(model, model.encode(pictures).latent_dist.mode())
+        latents = model.encode(pictures).latent_dist.mode()
+        after = model.decode(latents).sample
+    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+
+
+def test_latents_are_cached_and_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoencoderKL(**TINY_AUTOENCODER).eval()
+    scenes = training_scenes(5, seed=1)
+    first = cache_latents(model, scenes, tmp_path / "latents.npy", batch_size=2)
+    pictures = pictures_to_tensor([render(scene) for scene in scenes])
+    assert np.abs(first.astype(np.float32) - encode_mean(model, pictures).numpy()).max() < 2e-2
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert np.array_equal(cache_latents(model, scenes, tmp_path / "latents.npy"), first)
+
+
+def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    tiny = AutoencoderKL(**TINY_AUTOENCODER)
+    save_file({"averaged": tiny.state_dict()}, tmp_path / "autoencoder-final.pt")
+    folder = tmp_path / "scenes"
+    export_pipeline(
+        tmp_path,
+        folder,
+        autoencoder_config=TINY_AUTOENCODER,
+        text_config=TINY_TEXT,
+        transformer_config=TINY_TRANSFORMER,
+    )
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline).__name__ == "PixArtSigmaPipeline"
+    stored = load_safetensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    trained = load_file(tmp_path / "transformer.pt")["averaged"]["transformer.proj_out.bias"]
+    assert torch.equal(pipeline.transformer.proj_out.bias.data.half(), trained.half())
+    tables, pictures, scores = evaluate(
+        open_model(folder, steps=2, guidance_scale=2.0),
+        held_out_prompts(3, seed=0),
+        batch_size=2,
+        log=lambda line: None,
+    )
+    assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 3
+    assert len(scores) == 3
+    assert tables["all prompts"]["all"]["total"] == 3
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("100m", 6000.0), ("1.5h", 5400.0)])
+def test_a_budget_is_read_as_time(text: str, seconds: float) -> None:
+    assert train.parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "ten", "10", "10d"])
+def test_a_budget_without_sense_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        train.parse_budget(text)
+
+
+def test_finishing_the_decoder_leaves_the_encoder_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoencoderKL(**TINY_AUTOENCODER)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scenes = training_scenes(4, seed=1)
+    latents = np.random.default_rng(1).standard_normal((4, 4, 16, 16)).astype(np.float16)
+    stage = DecoderStage(model, latents, scenes, seed=1, device=CPU, batch_size=2, crop_steps=1)
+    run_stage(stage, tmp_path, Budget(steps=2), log=lambda line: None)
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
