@@ -177,6 +177,7 @@ def modernise(
 
     * `Transformer2DModel` with `ada_norm_single` is PixArt's, with `ada_norm_zero` DiT's (`LegacyModelMixin`).
     * AutoencoderKL's attention had the names query, key, value and proj_attn before diffusers 0.15.
+    * A T5 encoder whose embedding is stored under its second name only.
     * A Gemma-2 that was saved as a language model has the prefix `model.` and a head, of which an encoder has no use.
     """
     if class_name == "Transformer2DModel":
@@ -184,6 +185,9 @@ def modernise(
         return by_norm.get(str(config.get("norm_type")), class_name), dict(tensors), {}
     if class_name == "AutoencoderKL":
         return class_name, _rename(tensors, _modern_attention), {}
+    if class_name in ("T5EncoderModel", "UMT5EncoderModel") and "shared.weight" not in tensors:
+        aliases = {"encoder.embed_tokens.weight": "shared.weight"}
+        return class_name, _rename(tensors, lambda key: aliases.get(key, key)), {}
     if class_name in ("Gemma2ForCausalLM", "Gemma2Model"):
         kept = {key: ref for key, ref in tensors.items() if not key.startswith("lm_head.")}
         dropped = {key: "the head of a language model" for key in tensors if key not in kept}

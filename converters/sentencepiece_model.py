@@ -85,7 +85,7 @@ def _t5_tokenizer(model: SentencePieceModel, extra_ids: int) -> Tokenizer:
     steps: list[normalizers.Normalizer] = []
     if model.precompiled_charsmap:
         steps.append(normalizers.Precompiled(model.precompiled_charsmap))
-    steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex("^ | $"), "")]
+    steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
     tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if model.add_dummy_prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)

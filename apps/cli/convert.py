@@ -112,7 +112,7 @@ def _print(report: ConversionReport, verbose: bool) -> None:
     kind = f" ({report.pipeline_class})" if report.pipeline_class else ""
     print_line(f"{report.family}{kind}")
     print_table(
-        ["component", "class", "parameters", "size", "precision", "parity", "relative L2", "dropped keys"],
+        ["component", "class", "params", "size", "type", "parity", "rel. L2", "dropped keys"],
         [_row(component) for component in report.components],
     )
     if verbose:

@@ -114,6 +114,6 @@ def _print_checkpoint(document: dict[str, Any]) -> None:
         ]
         for part in document["components"]
     ]
-    print_table(["component", "class", "parameters", "size", "dtype", "becomes"], rows)
+    print_table(["component", "class", "params", "size", "type", "becomes"], rows)
     for note in document["notes"]:
         print_line(f"note: {note}")

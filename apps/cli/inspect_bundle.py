@@ -62,12 +62,9 @@ def print_bundle(document: Mapping[str, Any]) -> None:
         for name, part in manifest["components"].items()
         for backend, artefact in part["artefacts"].items()
     ]
-    print_table(
-        ["component", "architecture", "parameters", "backend", "precision", "size", "parity", "relative L2"], rows
-    )
+    print_table(["component", "architecture", "params", "backend", "type", "size", "parity", "rel. L2"], rows)
     for name, part in manifest["components"].items():
         print_line(f"{name}: {_tensors(part['inputs'])} -> {_tensors(part['outputs'])}")
-    print_line()
     print_facts({key: value for key, value in _settings(manifest).items() if value})
 
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["count", "decibels", "megabytes", "print_facts", "print_json", "print_line", "print_table", "small"]
 
-#: Columns that a table may take where stdout is no terminal: nothing is cut or wrapped in a log.
-LOG_WIDTH = 400
+#: Wider than any table: a name or a number is never cut or broken, a narrow terminal wraps whole lines.
+WIDTH = 400
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose numbers stand to the right. Cells are printed as they are, without markup."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i, name in enumerate(columns):
         numeric = all(row[i] in ("", "-") or row[i][0].isdigit() for row in rows)
-        table.add_column(Text(name), justify="right" if numeric and rows else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if numeric and rows else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False).print(table)
+    Console(width=WIDTH, highlight=False).print(table)
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -50,7 +50,7 @@ def verify(
         print_json(report.as_dict())
     elif not quiet:
         print_table(
-            ["component", "backend", "precision", "relative L2", "tolerance", "parity", "result"],
+            ["component", "backend", "type", "rel. L2", "tolerance", "parity", "result"],
             [_row(check) for check in report.components],
         )
         for note in report.notes:

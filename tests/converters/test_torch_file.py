@@ -319,20 +319,19 @@ def test_a_storage_key_is_no_path(tmp_path: Path) -> None:
 
 
 def test_overlapping_and_repeated_records_are_refused(tmp_path: Path) -> None:
-    path = archive(tmp_path / "x.pth", rebuild(4, 0, (4,), (1,)), data_0=bytes(16), data_1=bytes(16))
-    body = bytearray(path.read_bytes())
-    directory = body.index(b"PK\x01\x02")
-    entries = [directory]
-    while (place := body.find(b"PK\x01\x02", entries[-1] + 4)) >= 0:
-        entries.append(place)
-    # Rename data/1 to data/0 in both headers: the same name twice.
-    twice = bytes(body).replace(b"archive/data/1", b"archive/data/0")
-    (tmp_path / "twice.pth").write_bytes(twice)
+    plain = archive(tmp_path / "x.pth", rebuild(4, 0, (4,), (1,)), data_0=bytes(16), data_1=bytes(16))
+    body = plain.read_bytes()
+    (tmp_path / "twice.pth").write_bytes(body.replace(b"archive/data/1", b"archive/data/0"))
     assert "twice" in refused(tmp_path / "twice.pth")
-    # Let the last entry of the directory point to the record before it.
-    body[entries[-1] + 42 : entries[-1] + 46] = body[entries[-2] + 42 : entries[-2] + 46]
-    (tmp_path / "overlap.pth").write_bytes(body)
-    assert "damaged" in refused(tmp_path / "overlap.pth")
+    # The record data/1 lies, header and all, inside the data of data/0, where the directory is made to point to it.
+    header = body[body.rindex(b"PK\x03\x04") : body.index(b"PK\x01\x02")]
+    assert b"archive/data/1" in header
+    nested = archive(tmp_path / "x.pth", rebuild(4, 0, (4,), (1,)), data_0=bytes(16) + header, data_1=bytes(16))
+    changed = bytearray(nested.read_bytes())
+    entry = changed.rindex(b"PK\x01\x02")
+    changed[entry + 42 : entry + 46] = struct.pack("<I", changed.index(header))
+    (tmp_path / "overlap.pth").write_bytes(changed)
+    assert "overlapping records" in refused(tmp_path / "overlap.pth")
 
 
 @pytest.mark.parametrize(

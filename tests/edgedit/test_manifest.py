@@ -120,7 +120,7 @@ def test_parser_and_schema_agree_on_mutated_manifests(
     rng: random.Random, random_manifest: Callable[[random.Random], dict[str, Any]]
 ) -> None:
     accepted = refused = 0
-    for _ in range(1500):
+    for _ in range(700):
         manifest = random_manifest(rng)
         for _ in range(rng.choice([1, 1, 2])):
             mutate(rng, manifest)
@@ -128,8 +128,8 @@ def test_parser_and_schema_agree_on_mutated_manifests(
         assert (error is None) == VALIDATOR.is_valid(manifest), (error, json.dumps(manifest))
         accepted, refused = accepted + (error is None), refused + (error is not None)
         assert error is None or "\n" not in error
-    assert accepted > 100
-    assert refused > 600
+    assert accepted > 50
+    assert refused > 300
 
 
 def test_parser_and_schema_agree_on_every_value_in_every_place(

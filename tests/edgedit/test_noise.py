@@ -12,7 +12,7 @@ import torch
 
 from edgedit.errors import InputError
 from edgedit.noise import KINDS, make_noise, philox_4x32
-from edgedit.noise_torch import _fma
+from edgedit.noise_torch import _box_muller, _fma
 
 SEED = random.SystemRandom().randrange(2**63)
 SEEDS = [0, 1, 2**32 - 1, 2**32 + 5, 2**63, 2**64 - 1, pytest.param(SEED, id="fresh")]
@@ -92,6 +92,12 @@ def test_a_fused_multiply_add_is_rounded_once_even_where_float64_would_round_to_
         assert distance <= abs(Fraction(float(above)) - exact_sum)
 
 
+def test_a_radius_of_zero_gives_zeros_without_a_sign_as_in_torch() -> None:
+    uniforms = np.zeros((1, 16), np.float32)
+    uniforms[0, 8:] = np.linspace(0, 0.99, 8, dtype=np.float32)
+    assert _box_muller(uniforms).tobytes() == np.zeros(16, np.float32).tobytes()
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
@@ -141,6 +147,19 @@ def test_philox_noise_follows_its_specification(seed: int) -> None:
         assert ours.shape == shape
         expected = np.array(philox_as_specified(seed, draw, math.prod(shape))).reshape(shape)
         np.testing.assert_allclose(ours, expected, rtol=1.2e-7, atol=1e-14, err_msg=f"seed {seed}, draw {draw}")
+
+
+def test_philox_noise_rounds_as_specified_in_a_long_draw() -> None:
+    count = 400_000
+    block = np.arange(count // 4, dtype=np.uint64)
+    zero = np.zeros_like(block)
+    words = philox_4x32((block, zero, zero, zero), (SEED % 2**32, SEED // 2**32))
+    radius = [np.sqrt(-2.0 * np.log((w + 0.5) / 2**32)) for w in words[::2]]
+    angle = [2.0 * math.pi * w / 2**32 for w in words[1::2]]
+    columns = [f(a) * r for r, a in zip(radius, angle, strict=True) for f in (np.cos, np.sin)]
+    expected = np.stack(columns, axis=1).astype(np.float32).reshape(-1)
+    different = int((make_noise("philox", SEED).normal((count,)) != expected).sum())
+    assert different <= 3, f"seed {SEED}: {different} of {count} numbers are rounded otherwise"
 
 
 def test_philox_noise_keeps_the_numbers_that_pictures_were_drawn_with() -> None:

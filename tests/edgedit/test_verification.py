@@ -47,7 +47,7 @@ def test_weights_that_were_swapped_with_their_hash_still_fail(bundle_path: Path,
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy.edgedit"))
     data = copy / "onnx" / "transformer.onnx.data"
     weights = np.fromfile(data, np.float16)
-    weights[: len(weights) // 2] *= np.float16(1.5)
+    weights[::2] = 0
     weights.tofile(data)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["onnx/transformer.onnx.data"]["sha256"] = sha256_file(data)

@@ -104,6 +104,15 @@ def test_the_first_ctrl_c_stops_after_a_step_and_keeps_the_finished_pictures(sta
     assert hidden(Path()) == []
 
 
+def test_the_first_ctrl_c_does_not_wait_for_the_picture(start: Start, bundle: Path) -> None:
+    process = start("generate", "a cat", "-m", bundle, "-s", 1, "--steps", 1000, "--size", "64x64", "-t", 1)
+    interrupt_after(process, process.stderr, "denoise")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "0 of 1 pictures finished" in err
+    assert list(Path().glob("*.png")) == []
+
+
 def test_the_second_ctrl_c_stops_at_once_and_leaves_nothing_half_written(start: Start, bundle: Path) -> None:
     process = start("generate", "a cat", "-m", bundle, "-s", 1, "--steps", 1000, "--size", "64x64", "-t", 1)
     interrupt_after(process, process.stderr, "denoise", times=2)
