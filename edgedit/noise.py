@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +99,7 @@ class PhiloxNoise(Noise):
         return out.reshape(-1)[:count].reshape(shape)
 
 
-def make_noise(kind: str, seed: int) -> Noise:
+def make_noise(kind: str, seed: int | np.integer[Any]) -> Noise:
     """A fresh noise stream. kind: "philox" or "torch". seed: from 0 to 2^64 - 1.
 
     Raises `InputError` for an unknown kind, and for a seed that is negative, too large or not a whole number.

@@ -71,6 +71,14 @@ class Field:
     maximum: float | None = None
     required: bool = False
 
+    def allows(self, value: object) -> bool:
+        """Whether a value has one of the types, is one of the choices and lies in the range."""
+        if not any(_has_type(value, kind) for kind in self.types) or (self.choices and value not in self.choices):
+            return False
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return True
+        return (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum)
+
 
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow", "trigflow")
 
@@ -166,14 +174,7 @@ def _check(values: Mapping[str, Any], fields: Mapping[str, Field], where: str) -
         if name not in values and field.required:
             raise BundleError(f"{where} lacks {name!r}; convert the model again with this version")
         value = values.get(name, field.default)
-        typed = any(_has_type(value, kind) for kind in field.types)
-        chosen = field.choices is None or value in field.choices
-        ranged = (
-            isinstance(value, (str, bool, list, tuple, Mapping))
-            or value is None
-            or ((field.minimum is None or value >= field.minimum) and (field.maximum is None or value <= field.maximum))
-        )
-        if not (typed and chosen and ranged):
+        if not field.allows(value):
             allowed = f"; it may be one of {list(field.choices)}" if field.choices else f"; expected {field.types[0]}"
             raise BundleError(f"{where} has {name} = {value!r}{allowed}")
         checked[name] = value

@@ -11,159 +11,14 @@ from typing import Any
 
 from edgedit.errors import ConversionError
 from edgedit.schedule_config import FIELDS
+from edgedit.schedulers_of_diffusers import FLOW_DEFAULTS, SCHEDULER_CLASSES
 
 __all__ = ["schedule_config_from_diffusers"]
 
-_BETAS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
-_DIFFUSION_BETAS = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012}
-_CLIP: dict[str, Any] = {"clip_sample": False, "clip_sample_range": 1.0}
-_THRESHOLD: dict[str, Any] = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_SPACINGS: dict[str, Any] = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
-_MULTISTEP: dict[str, Any] = {
-    **_BETAS,
-    **_THRESHOLD,
-    **_SPACINGS,
-    "solver_order": 2,
-    "lower_order_final": True,
-    "use_flow_sigmas": False,
-    "flow_shift": 1.0,
-    "final_sigmas_type": "zero",
-    "timestep_spacing": "linspace",
-    "rescale_betas_zero_snr": False,
-    "use_dynamic_shifting": False,
-    "time_shift_type": "exponential",
-}
-_FLOW: dict[str, Any] = {
-    **_SPACINGS,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "time_shift_type": "exponential",
-}
-_CONSISTENCY: dict[str, Any] = {
-    **_DIFFUSION_BETAS,
-    **_CLIP,
-    **_THRESHOLD,
-    "beta_schedule": "scaled_linear",
-    "original_inference_steps": 50,
-    "set_alpha_to_one": True,
-    "timestep_spacing": "leading",
-    "timestep_scaling": 10.0,
-    "rescale_betas_zero_snr": False,
-}
-
-_CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "DDIMScheduler": (
-        "ddim",
-        "vp",
-        {
-            **_BETAS,
-            **_CLIP,
-            **_THRESHOLD,
-            "clip_sample": True,
-            "set_alpha_to_one": True,
-            "timestep_spacing": "leading",
-            "rescale_betas_zero_snr": False,
-        },
-    ),
-    "DDPMScheduler": (
-        "ddpm",
-        "vp",
-        {
-            **_BETAS,
-            **_CLIP,
-            **_THRESHOLD,
-            "clip_sample": True,
-            "variance_type": "fixed_small",
-            "timestep_spacing": "leading",
-            "rescale_betas_zero_snr": False,
-        },
-    ),
-    "EulerDiscreteScheduler": (
-        "euler",
-        "vp",
-        {
-            **_BETAS,
-            **_SPACINGS,
-            "interpolation_type": "linear",
-            "sigma_min": None,
-            "sigma_max": None,
-            "timestep_spacing": "linspace",
-            "timestep_type": "discrete",
-            "rescale_betas_zero_snr": False,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    "EulerAncestralDiscreteScheduler": (
-        "euler_ancestral",
-        "vp",
-        {**_BETAS, "timestep_spacing": "linspace", "rescale_betas_zero_snr": False},
-    ),
-    "HeunDiscreteScheduler": (
-        "heun",
-        "vp",
-        {**_DIFFUSION_BETAS, **_SPACINGS, **_CLIP, "timestep_spacing": "linspace"},
-    ),
-    "DPMSolverMultistepScheduler": (
-        "dpmpp_2m",
-        "vp",
-        {
-            **_MULTISTEP,
-            "algorithm_type": "dpmsolver++",
-            "solver_type": "midpoint",
-            "euler_at_final": False,
-            "use_lu_lambdas": False,
-            "lambda_min_clipped": -float("inf"),
-            "variance_type": None,
-        },
-    ),
-    "UniPCMultistepScheduler": (
-        "unipc",
-        "vp",
-        {
-            **_MULTISTEP,
-            "predict_x0": True,
-            "solver_type": "bh2",
-            "disable_corrector": [],
-            "solver_p": None,
-            "sigma_min": None,
-            "sigma_max": None,
-            "shift_terminal": None,
-        },
-    ),
-    "LCMScheduler": ("lcm", "vp", _CONSISTENCY),
-    "TCDScheduler": ("tcd", "vp", _CONSISTENCY),
-    "FlowMatchEulerDiscreteScheduler": ("euler", "flow", {**_FLOW, "stochastic_sampling": False}),
-    "FlowMatchHeunDiscreteScheduler": ("heun", "flow", {"num_train_timesteps": 1000, "shift": 1.0}),
-    "FlowMatchLCMScheduler": ("lcm", "flow", {**_FLOW, "scale_factors": None, "upscale_mode": "bicubic"}),
-    "SCMScheduler": (
-        "scm",
-        "trigflow",
-        {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
-    ),
-}
 _FOREIGN = frozenset(
     {"skip_prk_steps", "interpolation_type", "noise_sampler_seed", "eta", "s_noise", "snr_shift_scale"}
 )
-_KNOWN = frozenset(name for _, _, defaults in _CLASSES.values() for name in defaults) | _FOREIGN
+_KNOWN = frozenset(name for _, _, defaults in SCHEDULER_CLASSES.values() for name in defaults) | _FOREIGN
 
 _REFUSED: dict[str, Callable[[Any], bool]] = {
     "thresholding": bool,
@@ -226,7 +81,7 @@ def _spacing(class_name: str, values: Mapping[str, Any]) -> str:
 
 def _dynamic_shift(values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     # The multistep classes leave mu to the pipeline, which reads the same four options with these defaults.
-    merged = {**_FLOW, **{name: config[name] for name in _FLOW if name in config}, **values}
+    merged = {**FLOW_DEFAULTS, **{name: config[name] for name in FLOW_DEFAULTS if name in config}, **values}
     return {
         "rule": "linear",
         "curve": merged["time_shift_type"],
@@ -288,6 +143,8 @@ def _special_options(class_name: str, values: Mapping[str, Any], config: Mapping
     elif class_name.startswith("FlowMatch") and values.get("use_dynamic_shifting"):
         out["dynamic_shift"] = _dynamic_shift(values, config)
     if values.get("algorithm_type") == "sde-dpmsolver++":
+        if values["solver_order"] > 2:
+            raise _refuse(class_name, "solver_order", values["solver_order"], "and sde-dpmsolver++ is not supported")
         out["sampler"] = "dpmpp_2m_sde"
     if values.get("stochastic_sampling"):
         out["sampler"] = "lcm"
@@ -303,9 +160,9 @@ def schedule_config_from_diffusers(class_name: str, config: Mapping[str, Any]) -
 
     Raises `ConversionError` for a class or an option that is not supported, naming it and its value.
     """
-    if class_name not in _CLASSES:
-        raise ConversionError(f"scheduler {class_name} is not supported; supported are: {', '.join(_CLASSES)}")
-    sampler, path, defaults = _CLASSES[class_name]
+    if class_name not in SCHEDULER_CLASSES:
+        raise ConversionError(f"scheduler {class_name} is not supported; supported are: {', '.join(SCHEDULER_CLASSES)}")
+    sampler, path, defaults = SCHEDULER_CLASSES[class_name]
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     unknown = sorted(set(given) - _KNOWN)
     if unknown:

@@ -55,6 +55,7 @@ class Solver(ABC):
     name: ClassVar[str]
     paths: ClassVar[tuple[str, ...]]
     accepts: ClassVar[tuple[str, ...]] = ()
+    highest_order: ClassVar[int] = 3
     order: ClassVar[int] = 1
 
     def __init__(self, schedule: Schedule, options: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgedit.errors import InputError
 from edgedit.sampler_names import SAMPLERS, resolve_sampler
+from edgedit.schedule_config import FIELDS
 from edgedit.schedules import Schedule
 from edgedit.solver_base import Latents, NoiseSource, Solver, predict_x0, slope_float32
 from edgedit.solvers_multistep import DPMSolverPP2M, DPMSolverPP2MSDE, Heun, UniPC
@@ -231,11 +232,14 @@ def make_solver(name: str, schedule: Schedule, *, eta: float | None = None, **op
         )
     if eta is not None:
         options["eta"] = eta
-    for option in options:
+    for option, value in options.items():
         if option not in solver.accepts:
             raise InputError(f"sampler {solver.name} has no option {option}; leave it out, or choose another sampler")
-    chosen = options.get("eta")
-    if chosen is not None and not 0.0 <= chosen <= 1.0:
-        raise InputError(f"eta must be from 0 to 1; got {chosen}")
+        if not FIELDS[option].allows(value) or (option == "solver_order" and value > solver.highest_order):
+            raise InputError(
+                f"sampler {solver.name} cannot take {option} = {value!r}; leave it out for the model's own"
+            )
     carried = {key: value for key, value in schedule.options.items() if key in solver.accepts}
+    if "solver_order" in carried:
+        carried["solver_order"] = min(carried["solver_order"], solver.highest_order)
     return solver(schedule, {**carried, **options})

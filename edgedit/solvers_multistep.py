@@ -36,8 +36,6 @@ class DPMSolverPP2M(Solver):
         self._history: list[Latents] = []
         self._lambdas = _lambdas(schedule)
         self._heun = self.options.get("solver_type") == "heun"
-        if self.stochastic and self.options["solver_order"] > 2:
-            raise self._refuse("is of order 1 or 2; set solver_order to 2")
 
     def _order(self, i: int) -> int:
         count = len(self.schedule)
@@ -81,9 +79,10 @@ class DPMSolverPP2M(Solver):
 
 
 class DPMSolverPP2MSDE(DPMSolverPP2M):
-    """The same with noise at every step. DPMSolverMultistepScheduler, sde-dpmsolver++."""
+    """The same with noise at every step, of order 1 or 2. DPMSolverMultistepScheduler, sde-dpmsolver++."""
 
     name = "dpmpp_2m_sde"
+    highest_order = 2
     stochastic = True
 
 

@@ -106,18 +106,24 @@ class Replay:
         return replace(request, **changes)
 
     def _find_model(self) -> str:
-        """The model that drew the picture: builtin, or the bundle at hand with its hash, whatever it is called now."""
+        """The model that drew the picture: builtin or the bundle at hand with its hash, of its name if there are more."""
         from edgedit.apps.cli.bundles import bundles_at_hand, open_local
 
         wanted = self.recipe.get("model_hash")
         if wanted is None:
             return "builtin"
-        for name in ["builtin", *map(str, bundles_at_hand())]:
+        found = []
+        for place in ["builtin", *map(str, bundles_at_hand())]:
             try:
-                if open_local(name).model_hash == wanted:
-                    return name
+                bundle = open_local(place)
             except BundleError:
                 continue
+            if bundle.model_hash == wanted:
+                if bundle.manifest.name == self.recipe.get("model"):
+                    return place
+                found.append(place)
+        if found:
+            return found[0]
         raise BundleError(
             f"{self.path}: drawn with {self.recipe.get('model')!r} (hash {wanted[:10]}), which is not at hand; "
             "say which model to use with -m"

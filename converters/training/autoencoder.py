@@ -4,9 +4,9 @@ A narrow `AutoencoderKL`. The loss is L1 + squared error + L1 of the finite diff
 these pictures have), more near the objects, and a KL term that is large for an autoencoder of this kind: it holds the
 posterior's noise up, so the decoder learns to undo small errors of the latents, which the transformer will make.
 
-What was measured: normalisation over few channels hides the absolute colour of a flat background, so the norms have two
-groups only; four latent channels left small stars and crosses round (28 dB), eight do not (36 dB); training on windows
-around objects gains more per second than training on whole pictures.
+Normalisation over few channels hides the absolute colour of a flat background, so the norms have two groups only. With
+four latent channels and whole, unweighted pictures small stars and crosses were still round after 5,300 steps (28 dB);
+eight channels and windows around objects were brought in together, and 6,600 further steps reached 36 dB.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ SIGMA_SHIFT = 5.0
 """Shift of sigma towards noise in training (and in drawing, see `export`).
 
 Flat pictures are redundant: at sigma 0.7 every shape can still be seen in the noise, and what the caption decides is
-decided above that. With an unshifted logit-normal sigma the captions hardly mattered after 5,000 steps.
+decided above that. Measured on a half-trained model, taking the caption away raised the loss from 0.14 to 0.15 at sigma
+0.5 and from 0.69 to 0.88 at 0.95; an unshifted logit-normal draws few sigmas up there.
 """
 UNKNOWN_WORD_SHARE = 0.04
 """Share of captions with one word put in that the vocabulary lacks, so that such words do no harm."""
@@ -67,7 +68,7 @@ UNKNOWN_WORD_SHARE = 0.04
 class PlainAttention:
     """Attention as matrix products and a softmax.
 
-    For 64 tokens on CPU this trains 2.5 times as fast as the fused kernel, whose backward pass in bfloat16 is slow.
+    For 64 tokens on CPU this trains twice as fast as the fused kernel, whose backward pass in bfloat16 is slow.
     """
 
     def __call__(

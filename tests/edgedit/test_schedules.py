@@ -155,7 +155,7 @@ def test_a_final_zero_may_be_given_with_the_sigmas_of_a_flow_model() -> None:
 def test_explicit_timesteps_match_diffusers() -> None:
     draw = random.Random(SEED)
     for count in range(1, 51):
-        given = sorted(draw.sample(range(1000), count), reverse=True)
+        given: list[float] = sorted(draw.sample(range(1000), count), reverse=True)
         for cls in (
             diffusers.DDPMScheduler(clip_sample=False),
             diffusers.DPMSolverMultistepScheduler(),
@@ -513,6 +513,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"use_flow_sigmas": True, "final_sigmas_type": "sigma_min", "prediction_type": "flow_prediction"},
         "final_sigmas_type = 'sigma_min'",
     ),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order = 3"),
     ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0 = False"),
     ("UniPCMultistepScheduler", {"solver_p": {"a": 1}}, "solver_p = "),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "contradicts use_karras_sigmas"),

@@ -94,6 +94,16 @@ def test_the_model_is_found_by_its_hash_under_another_name(cli: Run, bundle: Pat
     assert Path("again.png").read_bytes() == picture.read_bytes()
 
 
+def test_of_two_copies_of_a_model_the_one_of_the_same_name_is_taken(cli: Run, bundle: Path, picture: Path) -> None:
+    for name in ("a-copy", "tiny", "z-copy"):
+        shutil.copytree(bundle, f"{name}.edgedit")
+        manifest = json.loads(Path(f"{name}.edgedit/manifest.json").read_text())
+        Path(f"{name}.edgedit/manifest.json").write_text(json.dumps({**manifest, "name": name}))
+    done = cli("generate", "-C", picture, "-t", 1, "-o", "again.png")
+    assert done.status == 0, done.err
+    assert Path("again.png").read_bytes() == picture.read_bytes()
+
+
 def test_a_model_that_is_not_at_hand_is_asked_for(cli: Run, picture: Path) -> None:
     done = cli("generate", "-C", picture)
     assert done.status == 2

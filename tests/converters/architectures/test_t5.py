@@ -35,7 +35,7 @@ def draw_config(kind: str, rng: np.random.Generator) -> T5Config | UMT5Config:
     buckets = int(rng.integers(4, 20))
     values: dict[str, Any] = {
         "vocab_size": int(rng.integers(30, 200)),
-        "d_model": int(rng.integers(9, 40)),
+        "d_model": int(rng.integers(12, 48)),
         "d_kv": int(rng.integers(3, 12)),
         "d_ff": int(rng.integers(10, 60)),
         "num_layers": int(rng.integers(1, 4)),
