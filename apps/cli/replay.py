@@ -106,7 +106,7 @@ class Replay:
         return replace(request, **changes)
 
     def _find_model(self) -> str:
-        """The model that drew the picture: builtin or the bundle at hand with its hash, of its name if there are more."""
+        """The model that drew the picture: builtin or a bundle at hand with its hash, of its name if there are more."""
         from edgedit.apps.cli.bundles import bundles_at_hand, open_local
 
         wanted = self.recipe.get("model_hash")

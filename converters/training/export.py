@@ -86,7 +86,7 @@ def export_pipeline(
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     _name_tokenizer(temporary)
-    for kept in ("README.md",):
+    for kept in ("README.md", "edgedit.json"):
         if (folder / kept).exists():
             shutil.copy(folder / kept, temporary / kept)
     shutil.rmtree(folder, ignore_errors=True)

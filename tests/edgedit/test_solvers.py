@@ -24,6 +24,8 @@ STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 NO_CLIP = {"clip_sample": False}
+#: Without AVX2 torch's tables differ in the last bit, which moves timesteps that diffusers truncates to whole numbers.
+EXACT = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 
 Case = tuple[str, dict[str, Any]]
@@ -79,11 +81,11 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(config)))
 
 
-def assert_same_path(ours: list[np.ndarray], theirs: list[np.ndarray], note: str) -> None:
+def assert_same_path(ours: list[np.ndarray], theirs: list[np.ndarray], note: str, tolerance: float = TOLERANCE) -> None:
     assert len(ours) == len(theirs), note
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         error = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert error <= TOLERANCE, f"{note}: relative error {error:.2e} after step {i}"
+        assert error <= tolerance, f"{note}: relative error {error:.2e} after step {i}"
 
 
 def assert_same_timesteps(schedule: Schedule, scheduler: Any, note: str) -> None:
@@ -119,7 +121,10 @@ def check(
         assert settings.get("solver_type") == "bh1", note
         assert np.isfinite(ours.pop()).all(), note
         theirs.pop()
-    assert_same_path(ours, theirs, note)
+    # A scaled latent of a network that says x0 is all noise: without AVX2, the last bit of torch's largest sigma (157)
+    # is 2e-5 of the first step's result.
+    coarse = not EXACT and schedule.path == "ve" and schedule.prediction == "sample"
+    assert_same_path(ours, theirs, note, 5e-5 if coarse else TOLERANCE)
     assert torch.equal(streams[0].get_state(), streams[1].get_state()), f"{note}: another number of noise draws"
 
 
@@ -203,6 +208,8 @@ def some_counts(seed: int) -> list[int]:
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_options_of_a_scheduler_match_diffusers(case: Case) -> None:
+    if not EXACT and "use_exponential_sigmas" in case[1]:
+        pytest.skip("diffusers itself gives other timesteps on this processor")
     for steps in some_counts(SEED):
         check(case, steps)
 
@@ -238,7 +245,8 @@ def test_scm_matches_diffusers_and_draws_noise_on_the_last_step_too() -> None:
         scheduler = diffusers.SCMScheduler()
         scheduler.set_timesteps(steps, max_timesteps=1.5708, intermediate_timesteps=1.3 if steps == 2 else None)
         schedule = make_schedule({**config_of(scheduler), "prediction": "trigflow"}, steps)
-        np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps.numpy()[:-1])
+        told = scheduler.timesteps.numpy()[:-1]
+        np.testing.assert_allclose(schedule.timesteps, told, rtol=0 if EXACT else 3e-7, atol=0)
         network, data = Network(SEED + steps), scheduler.config.sigma_data
         x = np.random.default_rng(SEED + steps).normal(size=SHAPE).astype(np.float32)
         streams = [torch.Generator().manual_seed(SEED) for _ in range(2)]

@@ -287,11 +287,14 @@ def test_settings_inside_tokenizer_json_do_not_add_to_the_recipe(
     expected = backend.encode("red cat, above").ids
     assert len(expected) > 4
     recipe = prompt_of(prompt_recipe(found, max_length=40, padding="longest"))
-    for settle in (lambda: backend.enable_truncation(3), lambda: backend.enable_padding(length=33)):
-        settle()
+    for setting in ("truncation", "padding"):
+        if setting == "truncation":
+            backend.enable_truncation(3)
+        else:
+            backend.no_truncation()
+            backend.enable_padding(length=33)
         (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
         assert Tokenizer(tmp_path / "tokenizer.json", recipe).encode("red cat, above").ids.tolist() == expected
-        backend.no_truncation()
 
 
 def test_special_tokens_stay_out_when_the_recipe_says_so(t5_folder: Path, tmp_path: Path, prompt_of: PromptOf) -> None:
