@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
-from transformers import GemmaTokenizer
+from transformers import GemmaTokenizer, T5Tokenizer
 
 from edgedit.converters.tokenizer import read_tokenizer
 from edgedit.errors import CheckpointError
@@ -95,3 +97,38 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=problem) as caught:
         read_tokenizer(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sentencepiece_model_serves_where_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle above a blue square", "the cat sleeps"] * 20),
+        model_writer=buffer,
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "spiece.model").write_bytes(buffer.getvalue())
+    for extra_ids in (100, 7):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": extra_ids}))
+        reference = T5Tokenizer.from_pretrained(tmp_path)
+        found = read_tokenizer(tmp_path)
+        assert (found.pad_token_id, found.unk_token_id) == (0, 2)
+        backend = Tokenizer.from_str(found.json)
+        assert backend.get_vocab_size() == len(reference)
+        for text in ("a red cat", "<extra_id_3> above"):
+            assert backend.encode(text).ids == reference(text)["input_ids"]
+    for wrong in (-1, 10**9, "many"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": wrong}))
+        with pytest.raises(CheckpointError, match="no number of sentinels"):
+            read_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_utf_8_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read as UTF-8"):
+        read_tokenizer(folder)

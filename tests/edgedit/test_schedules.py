@@ -360,6 +360,18 @@ def test_switching_the_sampler_equals_from_config_in_diffusers() -> None:
             np.testing.assert_array_equal(schedule.timesteps, second.timesteps.numpy(), err_msg=f"{name}, {steps}")
 
 
+def test_timesteps_and_sigmas_of_a_flow_model_may_be_given_together_as_in_diffusers() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(timesteps=[800.0, 300.0], sigmas=[0.9, 0.2])
+    schedule = make_schedule(config_of(scheduler), None, timesteps=[800.0, 300.0], sigmas=[0.9, 0.2])
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps.numpy())
+    np.testing.assert_array_equal(schedule.sigmas.astype(np.float32), scheduler.sigmas.numpy())
+
+
+def test_a_single_step_keeps_pure_noise_where_there_is_nothing_to_stretch() -> None:
+    assert make_schedule({**FLOW, "shift_terminal": 0.02}, 1).sigmas.tolist() == [1.0, 0.0]
+
+
 def test_a_fixed_table_decides_the_steps_and_can_be_overridden() -> None:
     config = {**VP, "sampler": "dmd", "timesteps": [999, 499]}
     assert make_schedule(config, None).timesteps.tolist() == [999, 499]
@@ -433,6 +445,14 @@ def test_samplers_are_known_by_the_names_that_people_type(typed: str, canonical:
         (FLOW, {"steps": 4, "sampler": "dpm++ 2m karras"}, "no karras sigma spacing on a flow model"),
         (FLOW, {"steps": 4, "sampler": "tcd"}, "sampler tcd cannot run this model's flow schedule"),
         ({**FLOW, "dynamic_shift": {"rule": "linear"}}, {"steps": 4}, "give image_tokens"),
+        (FLOW, {"steps": None, "sigmas": [1.0, float("nan")]}, "sigmas must be a list of numbers"),
+        (FLOW, {"steps": None, "timesteps": [float("inf")]}, "timesteps must be a list of numbers"),
+        (FLOW, {"steps": None, "timesteps": [900.0, 3.0], "sigmas": [0.9]}, "2 timesteps and 1 sigmas were given"),
+        (FLOW, {"steps": None, "sigmas": [0.9], "sampler": "euler karras"}, "cannot be combined with the karras"),
+        (FLOW, {"steps": 4, "sampler": "euler lu"}, "lu sigma spacing needs a VP model"),
+        ({**FLOW, "final_sigma": "sigma_min"}, {"steps": 4}, "choose unipc to end at sigma_min"),
+        ({**VP, "timestep_spacing": "leading", "steps_offset": 1}, {"steps": 1000, "sampler": "ddim"}, "ask for fewer"),
+        ({**VP, "sigma_min": 0.0}, {"steps": 4, "sampler": "euler exponential"}, "needs a smallest sigma above 0"),
         (TRIGFLOW, {"steps": None, "timesteps": [1.7, 0.0]}, "TrigFlow timesteps must fall"),
         (TRIGFLOW, {"steps": None, "sigmas": [1.0, 0.0]}, "give timesteps from about 1.5708"),
         (TRIGFLOW, {"steps": 2, "sampler": "scm karras"}, "no karras sigma spacing"),

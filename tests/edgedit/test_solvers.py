@@ -49,7 +49,7 @@ def reference_run(
     """The latents after every step of a diffusers scheduler whose timesteps are set."""
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_options["generator"] = generator
-    if start and hasattr(scheduler, "set_begin_index"):
+    if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     latents, path = torch.from_numpy(x), []
     for t in scheduler.timesteps[start:]:
@@ -188,7 +188,10 @@ OPTIONS: list[Case] = [
     ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
     ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.02, "sigma_max": 40.0}),
     ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
-    ("DPMSolverMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}),
+    *(
+        ("DPMSolverMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, **spread})
+        for spread in ({}, {"use_karras_sigmas": True})
+    ),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
     ("DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 2.0, "algorithm_type": "sde-dpmsolver++"}),
     ("UniPCMultistepScheduler", {"disable_corrector": [0, 1, 5]}),
