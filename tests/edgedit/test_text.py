@@ -215,10 +215,9 @@ def test_what_is_cut_off_is_told_and_what_is_kept_needs_no_more(
         assert prompt.lower().endswith(whole.cut)
         kept = prompt.lower().removesuffix(whole.cut).rstrip()
         assert whole.n_tokens == tokenizer.recipe.positive.max_length
-        if prompt[len(kept)] == " ":  # the front of a word that was cut in two may need more tokens by itself
-            again = tokenizer.encode(kept)
-            assert again.cut == ""
-            assert again.n_tokens <= whole.n_tokens
+        # Not by encoding `kept` again: the front of a word that was cut in two may need more tokens by itself.
+        decoded = Backend.from_str(read_tokenizer(folder).json).decode(whole.ids.tolist())
+        assert decoded.replace(" ", "").endswith(kept.replace(" ", ""))
         short = tokenizer.encode("red cat")
         assert (short.cut, short.select is None) == ("", not instruction)
 
