@@ -12,6 +12,7 @@ section 3.1 (logit-normal sigma); Chen et al., "PixArt-alpha" (2023), section 2.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from edgedit.converters.training.captions import caption
+from edgedit.converters.training.layout import LayoutHead, layout_loss, layout_of
 from edgedit.converters.training.loop import autocast, step_rng
 from edgedit.converters.training.tokens import MAX_TOKENS, PAD, build_tokenizer
 from edgedit.converters.training.world import Scene
@@ -61,8 +63,16 @@ Flat pictures are redundant: at sigma 0.7 every shape can still be seen in the n
 decided above that. Measured on a half-trained model, taking the caption away raised the loss from 0.14 to 0.15 at sigma
 0.5 and from 0.69 to 0.88 at 0.95; an unshifted logit-normal draws few sigmas up there.
 """
+LAYOUT_WEIGHT = 0.1
+LAYOUT_DEPTH = 4
+"""Blocks before the layout head (`layout`)."""
 UNKNOWN_WORD_SHARE = 0.04
 """Share of captions with one word put in that the vocabulary lacks, so that such words do no harm."""
+
+
+_IS_HIDDEN = re.compile(
+    r"transformer_blocks\.\d+\.(attn|ff).*weight$|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight$"
+).search
 
 
 class PlainAttention:
@@ -101,9 +111,20 @@ class Denoiser(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.transformer = transformer
+        self.layout_head = LayoutHead(transformer.inner_dim)
+        self._hidden_states: Tensor | None = None
+        blocks = transformer.transformer_blocks
+        blocks[min(LAYOUT_DEPTH, len(blocks)) - 1].register_forward_hook(self._keep)
 
-    def forward(self, ids: Tensor, mask: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """(B, L) int64, (B, L) int64, (B, 8, 16, 16), (B,) in [0, 1000] to the velocity (B, 8, 16, 16)."""
+    def _keep(self, block: nn.Module, inputs: Any, hidden_states: Tensor) -> None:
+        self._hidden_states = hidden_states
+
+    def forward(self, ids: Tensor, mask: Tensor, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and layout.
+
+        Takes ids (B, L) int64, mask (B, L) int64, latents (B, 8, 16, 16) and timesteps (B,) in [0, 1000]; returns the
+        velocity (B, 8, 16, 16) and the logits (B, 64, classes) of `LayoutHead`.
+        """
         text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         velocity: Tensor = self.transformer(
             latents,
@@ -113,7 +134,8 @@ class Denoiser(nn.Module):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return velocity
+        assert self._hidden_states is not None
+        return velocity, self.layout_head(self._hidden_states)
 
 
 def build_models(
@@ -158,12 +180,16 @@ class TeacherStage:
         text_encoder, transformer = build_models(text_config, transformer_config)
         transformer.set_attn_processor(PlainAttention())
         self.modules: nn.Module = Denoiser(text_encoder, transformer).to(device)
+        self.hidden_matrices = frozenset(
+            name for name, parameter in self.modules.named_parameters() if parameter.ndim == 2 and _IS_HIDDEN(name)
+        )
         self.learning_rate = learning_rate
         self._latents = latents
         self._scenes = scenes
         self._seed = seed
         self._device = device
         self._batch_size = batch_size
+        self._layout = torch.from_numpy(layout_of(scenes, latents.shape[-1] // transformer.config.patch_size))
         self._forward = torch.compile(self.modules) if compiled else self.modules
         self._tokenizer = build_tokenizer()
         self._tokenizer.enable_padding(
@@ -181,7 +207,7 @@ class TeacherStage:
         return text
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the velocity over one batch."""
+        """Mean squared error of the velocity over one batch, and a part of the error in the layout."""
         rng = step_rng(self._seed, step, purpose=3)
         chosen = rng.integers(len(self._scenes), size=self._batch_size)
         encodings = self._tokenizer.encode_batch([self._caption(int(i), rng) for i in chosen])
@@ -193,9 +219,10 @@ class TeacherStage:
         sigma = torch.sigmoid(torch.from_numpy(logit))
         weight = sigma.view(-1, 1, 1, 1)
         noisy = (1 - weight) * clean + weight * noise
-        ids, mask, noisy, timestep, target = (
-            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean)
+        layout = self._layout[torch.from_numpy(chosen)]
+        ids, mask, noisy, timestep, target, layout = (
+            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean, layout)
         )
         with autocast(self._device):
-            velocity = self._forward(ids, mask, noisy, timestep)
-        return F.mse_loss(velocity.float(), target)
+            velocity, logits = self._forward(ids, mask, noisy, timestep)
+        return F.mse_loss(velocity.float(), target) + LAYOUT_WEIGHT * layout_loss(logits, layout)
