@@ -1,7 +1,7 @@
 """What a scene holds at each token of the transformer, and a training-only head that must tell it.
 
 The flow-matching loss of flat pictures is mostly about edges; what the caption decides (which shape, which colour,
-where) is a small part of it and is learned late. Asking a middle layer for it directly, as REPA asks for the features of
+where) is a small part of it and is learned late. Asking a middle layer for it directly, as REPA asks for features of
 a vision model, gives that part a strong gradient at every sigma. The head is thrown away after training.
 
 Reference: Yu et al., "Representation Alignment for Generation" (2024), section 3.

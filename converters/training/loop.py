@@ -6,6 +6,7 @@ checkpoint does exactly what an uninterrupted run would have done.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from edgedit.errors import InputError
 
 __all__ = ["Budget", "Stage", "autocast", "load_file", "run_stage", "save_file", "step_rng"]
 
@@ -61,8 +64,20 @@ def step_rng(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
 
 
 def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
-    """bfloat16 for matrix products; weights, norms and the loss stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    """bfloat16 for matrix products where that is fast; weights, norms and the loss stay float32.
+
+    A processor without matrix instructions for bfloat16 takes two to five times as long as in float32.
+    """
+    fast = device.type != "cpu" or _has_matrix_bfloat16()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and fast)
+
+
+@functools.cache
+def _has_matrix_bfloat16() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def save_file(state: dict[str, Any], path: Path) -> None:
@@ -123,6 +138,17 @@ class _Optimisers:
             optimiser.load_state_dict(state)
 
 
+def _check_finite(window: list[Tensor], name: str, step: int) -> float:
+    """Mean of the last losses, 0 when there are none."""
+    mean = torch.stack(window).mean().item() if window else 0.0
+    if not math.isfinite(mean):
+        raise InputError(
+            f"{name}: the loss is not a number around step {step}; the checkpoint before it is kept, "
+            "start again with a smaller learning rate"
+        )
+    return mean
+
+
 def run_stage(
     stage: Stage,
     run_dir: Path,
@@ -136,6 +162,7 @@ def run_stage(
     ema_decay: float = 0.999,
     snapshot_every: float = math.inf,
     on_snapshot: Callable[[dict[str, Tensor], int], None] | None = None,
+    on_progress: Callable[[int, float, float], None] | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Tensor]:
     """Trains a stage until its budget is used, from its last checkpoint if there is one.
@@ -149,10 +176,13 @@ def run_stage(
         decay_share: part of the budget over which the learning rate falls to zero.
         ema_decay: decay per step of the averaged weights, less at the start.
         snapshot_every: seconds between two calls of `on_snapshot(averaged weights, step)`.
+        on_progress: takes (step, share of the budget used, mean loss since the last call) every `log_every` steps.
         stop_after: leave at this step as if interrupted, for tests.
 
     Returns:
         The averaged weights (float32), named as in `stage.modules.state_dict()`.
+
+    Raises InputError when the loss is no longer a number; the last checkpoint stays.
     """
     path = run_dir / f"{stage.name}.pt"
     parameters = dict(stage.modules.named_parameters())
@@ -170,6 +200,7 @@ def run_stage(
         log(f"{stage.name}: resumed at step {step}")
 
     def save() -> None:
+        _check_finite(window, stage.name, step)
         save_file(
             {
                 "model": stage.modules.state_dict(),
@@ -201,8 +232,10 @@ def run_stage(
         spent += now - began
         if step % log_every == 0:
             speed = len(window) / (now - window_start)
-            mean = torch.stack(window).mean().item()
+            mean = _check_finite(window, stage.name, step)
             log(f"{stage.name}: step {step} loss {mean:.5f} lr {rate:.2e} {speed:.2f} steps/s {100 * progress:.1f} %")
+            if on_progress is not None:
+                on_progress(step, budget.progress(step, spent), mean)
             window, window_start = [], time.monotonic()
         if now - saved_at > save_every:
             save()

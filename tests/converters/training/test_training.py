@@ -20,6 +20,7 @@ from edgedit.converters.training.evaluate import evaluate, held_out_prompts, ope
 from edgedit.converters.training.export import export_pipeline
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
+from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
 from edgedit.converters.training.world import is_held_out, render
 
 TINY_AUTOENCODER: dict[str, Any] = {
@@ -63,12 +64,13 @@ CPU = torch.device("cpu")
 def teacher(seed: int) -> TeacherStage:
     scenes = training_scenes(12, seed=seed)
     latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    torch.manual_seed(seed)
     return TeacherStage(
         latents,
         scenes,
+        build_text_encoder(TINY_TEXT),
         seed=seed,
         device=CPU,
-        text_config=TINY_TEXT,
         transformer_config=TINY_TRANSFORMER,
         batch_size=4,
         compiled=False,
@@ -79,7 +81,11 @@ def autoencoder(seed: int) -> AutoencoderStage:
     return AutoencoderStage(seed=seed, device=CPU, config=TINY_AUTOENCODER, batch_size=2, crop_steps=3)
 
 
-@pytest.mark.parametrize("make", [teacher, autoencoder])
+def text_encoder(seed: int) -> TextStage:
+    return TextStage(training_scenes(12, seed=seed), seed=seed, device=CPU, config=TINY_TEXT, batch_size=4)
+
+
+@pytest.mark.parametrize("make", [teacher, autoencoder, text_encoder])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(make: Any, tmp_path: Path) -> None:
     seed = int(np.random.default_rng().integers(2**31))
     whole = run_stage(make(seed), tmp_path / "whole", Budget(steps=6), log=lambda line: None, warm_up=2)
@@ -164,6 +170,8 @@ def test_latents_are_cached_and_read_back(tmp_path: Path) -> None:
 
 def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    torch.manual_seed(1)
+    save_file({"averaged": build_text_encoder(TINY_TEXT).state_dict()}, tmp_path / "text-encoder-final.pt")
     tiny = AutoencoderKL(**TINY_AUTOENCODER)
     save_file({"averaged": tiny.state_dict()}, tmp_path / "autoencoder-final.pt")
     folder = tmp_path / "scenes"
