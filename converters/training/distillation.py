@@ -15,14 +15,13 @@ from edgedit.converters.training.calibration import read_prompts
 from edgedit.converters.training.denoisers import Denoiser
 from edgedit.converters.training.distill import METHODS
 from edgedit.converters.training.jobs import (
-    check_budget,
     default_guidance,
     latent_shape,
     pick_device,
     run_training,
+    training_budget,
     weights_of,
 )
-from edgedit.converters.training.loop import Budget
 from edgedit.converters.training.teacher import PlainAttention
 from edgedit.converters.training.trainable import check_output, open_trainable, save_trainable
 from edgedit.converters.training.workspace import OnProgress, Workspace, digest
@@ -90,7 +89,7 @@ def distill(
     method: str = "lcm",
     steps: int = 4,
     calibration: str = "self",
-    budget: float | None = 1800.0,
+    budget: float | None = None,
     train_steps: int | None = None,
     samples: int | None = None,
     guidance_scale: float | None = None,
@@ -111,7 +110,8 @@ def distill(
         method: "lcm", "scm" or "dmd" (see `distill`).
         steps: 1, 2 or 4.
         calibration: a text file of prompts, one a line, or "self".
-        budget: seconds of training; exactly one of `budget` and `train_steps`.
+        budget: seconds of training; half an hour by default.
+        train_steps: training steps instead, for a result that does not depend on the machine's speed.
         samples: latents that the teacher draws to learn from; four for each prompt, 64 to 2048, by default.
         guidance_scale: the teacher's guidance; the checkpoint's recommendation by default.
         learning_rate: the method's own by default.
@@ -124,7 +124,7 @@ def distill(
         ConversionError: the output exists or cannot be written.
     """
     began = time.monotonic()
-    check_budget(budget, train_steps)
+    limit = training_budget(budget, train_steps)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
     if steps not in STEP_COUNTS:
@@ -141,7 +141,7 @@ def distill(
             "source": str(trainable.path.resolve()),
             "method": [method, steps, learning_rate],
             "prompts": digest("\n".join(prompts)),
-            "budget": [budget, train_steps],
+            "budget": [limit.seconds, limit.steps],
             "samples": [count, scale, batch_size],
             "seed": seed,
         },
@@ -175,7 +175,6 @@ def distill(
         batch_size=batch_size,
         **options,
     )
-    limit = Budget(steps=train_steps) if train_steps is not None else Budget(seconds=budget)
     averaged = run_training(stage, work, limit, on_progress, stop_after)
     schedule = few_step_schedule(teacher, method, steps)
     plot = work.plot("loss.png")

@@ -12,7 +12,17 @@ from edgedit.converters.training.trainable import Trainable
 from edgedit.converters.training.workspace import OnProgress, Workspace
 from edgedit.errors import InputError
 
-__all__ = ["check_budget", "default_guidance", "latent_shape", "pick_device", "run_training", "weights_of"]
+__all__ = [
+    "DEFAULT_SECONDS",
+    "default_guidance",
+    "latent_shape",
+    "pick_device",
+    "run_training",
+    "training_budget",
+    "weights_of",
+]
+
+DEFAULT_SECONDS = 1800.0
 
 
 def pick_device(name: str) -> torch.device:
@@ -24,12 +34,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_budget(budget: float | None, steps: int | None) -> None:
-    """Exactly one of seconds and steps, and more than nothing. Raises InputError."""
-    if (budget is None) == (steps is None):
-        raise InputError("give --budget or --steps, not both")
+def training_budget(budget: float | None, steps: int | None) -> Budget:
+    """Seconds or steps of training, `DEFAULT_SECONDS` when neither is given.
+
+    Raises InputError for both, or for nothing.
+    """
+    if budget is not None and steps is not None:
+        raise InputError("give a time or a number of training steps, not both")
     if (budget is not None and budget <= 0) or (steps is not None and steps < 1):
         raise InputError("the budget must be more than nothing; give a time such as 30m, or a number of steps")
+    return Budget(steps=steps) if steps is not None else Budget(seconds=DEFAULT_SECONDS if budget is None else budget)
 
 
 def default_guidance(trainable: Trainable) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 
 from edgedit.converters.training.calibration import read_prompts
 from edgedit.converters.training.jobs import (
-    check_budget,
     default_guidance,
     latent_shape,
     pick_device,
     run_training,
+    training_budget,
     weights_of,
 )
 from edgedit.converters.training.linearize import (
@@ -89,7 +89,7 @@ def linearize(
     heads: int | None = None,
     layers: str = "all",
     calibration: str = "self",
-    budget: float | None = 1800.0,
+    budget: float | None = None,
     steps: int | None = None,
     max_error: float = 0.1,
     samples: int | None = None,
@@ -111,8 +111,8 @@ def linearize(
         heads: heads of lit and relu; a quarter of the checkpoint's by default.
         layers: "all", "auto" (as many as `max_error` admits), "none", or numbers such as "0,2,5".
         calibration: a text file of prompts, one a line, or "self".
-        budget: seconds of training; exactly one of `budget` and `steps`.
-        steps: training steps of each stage, for a result that does not depend on the machine's speed.
+        budget: seconds of training in all; half an hour by default.
+        steps: training steps of each stage instead, for a result that does not depend on the machine's speed.
         max_error: for "auto": relative L2 error of the velocity that replacing layers may cost before distillation.
         samples: latents that the teacher draws to be calibrated on; four for each prompt, 64 to 2048, by default.
         guidance_scale: guidance of these samples; the checkpoint's recommendation by default.
@@ -125,7 +125,7 @@ def linearize(
         ConversionError: the output exists or cannot be written.
     """
     began = time.monotonic()
-    check_budget(budget, steps)
+    limit = training_budget(budget, steps)
     target = Path(output)
     check_output(target)
     trainable = open_trainable(source)
@@ -148,7 +148,7 @@ def linearize(
             "spec": spec,
             "layers": layers,
             "prompts": digest("\n".join(prompts)),
-            "budget": [budget, steps],
+            "budget": [limit.seconds, limit.steps],
             "max_error": max_error,
             "samples": [count, scale, batch_size],
             "seed": seed,
@@ -172,8 +172,7 @@ def linearize(
     operators = make_operators(trainable.transformer, wanted, spec).to(place).requires_grad_(True)
     regression = RegressionStage(teacher, operators, data, seed=seed, device=place, batch_size=batch_size)
     stops = dict([stop_after]) if stop_after is not None else {}
-    limit = _budget(budget, steps, REGRESSION_SHARE)
-    averaged = run_training(regression, work, limit, on_progress, stops.get("regression"))
+    averaged = run_training(regression, work, _share(limit, REGRESSION_SHARE), on_progress, stops.get("regression"))
     operators.load_state_dict(averaged)
     ranking: list[LayerError] = []
     if layers == "auto":
@@ -196,8 +195,9 @@ def linearize(
             )
     student = linear_student(trainable.transformer, dict(operators.items()), wanted).requires_grad_(True)
     distillation = DistillationStage(teacher, student, data, seed=seed, device=place, batch_size=batch_size)
-    limit = _budget(budget, steps, 1 - REGRESSION_SHARE)
-    averaged = run_training(distillation, work, limit, on_progress, stops.get("distillation"))
+    averaged = run_training(
+        distillation, work, _share(limit, 1 - REGRESSION_SHARE), on_progress, stops.get("distillation")
+    )
     specs = [*trainable.attention, {**spec, "layers": wanted}]
     plot = work.plot("loss.png")
     save_trainable(
@@ -212,5 +212,6 @@ def linearize(
     return LinearizationReport(target, specs, ranking, losses, time.monotonic() - began)
 
 
-def _budget(seconds: float | None, steps: int | None, share: float) -> Budget:
-    return Budget(steps=steps) if steps is not None else Budget(seconds=share * (seconds or 0.0))
+def _share(budget: Budget, share: float) -> Budget:
+    """A stage's part of a time; a number of steps is each stage's own."""
+    return budget if budget.seconds is None else Budget(seconds=share * budget.seconds)
