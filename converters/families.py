@@ -54,6 +54,7 @@ class Family:
         steps, guidance_scale: what the reference pipeline uses when the user says nothing.
         few_steps: the same for schedulers of distilled models: (steps, guidance scale).
         uses_shift_factor: whether the reference pipeline applies the autoencoder's shift_factor.
+        scales_timestep: whether the reference pipeline multiplies timesteps by the transformer's timestep_scale.
         example: a published checkpoint.
     """
 
@@ -66,6 +67,7 @@ class Family:
     guidance_scale: float
     few_steps: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     uses_shift_factor: bool = False
+    scales_timestep: bool = False
     example: str = ""
 
 
@@ -131,6 +133,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
+        scales_timestep=True,
         example="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     ),
     Family(
