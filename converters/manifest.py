@@ -11,6 +11,7 @@ from typing import Any
 from edgedit import __version__
 from edgedit.converters.checkpoint import Checkpoint
 from edgedit.converters.families import Family
+from edgedit.converters.few_steps import few_steps_of
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.converters.lowerings.onnx import OnnxArtefact
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
@@ -136,6 +137,9 @@ def _schedule(
     if checkpoint.scheduler is None:
         return None
     schedule = schedule_config_from_diffusers(checkpoint.scheduler.class_name, checkpoint.scheduler.config)
+    few = few_steps_of(checkpoint)
+    if few is not None:
+        schedule.update(few.schedule)
     scale = float(runtime.get("transformer", {}).get("timestep_scale") or 1.0)
     return {**schedule, "timestep_scale": scale} if family.scales_timestep and scale != 1 else schedule
 
@@ -143,14 +147,17 @@ def _schedule(
 def guidance_of(
     checkpoint: Checkpoint, family: Family, runtime: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The manifest's guidance: what the checkpoint states, else the family's; None without a transformer.
+    """The manifest's guidance: what the checkpoint states, else that of the few-step model that it is, else the
+    family's; None without a transformer.
 
     runtime: what each component's graph says of its configuration. Raises ConversionError for a stated kind that the
     transformer has no input for.
     """
     if "transformer" not in runtime:
         return None
-    guidance = dict(family.guidance if checkpoint.own.guidance is None else checkpoint.own.guidance)
+    few = few_steps_of(checkpoint)
+    usual = family.guidance if few is None or few.guidance is None else few.guidance
+    guidance = dict(usual if checkpoint.own.guidance is None else checkpoint.own.guidance)
     kind, embeds = guidance.setdefault("kind", "cfg"), bool(runtime["transformer"].get("guidance_embeds"))
     if checkpoint.own.guidance is not None and (kind == "embedded") != embeds:
         able = (
@@ -170,9 +177,9 @@ def _recommended(
 ) -> dict[str, Any] | None:
     if latents is None or schedule is None or guidance is None or checkpoint.scheduler is None:
         return None
-    own = checkpoint.own.recommended
+    own, few = checkpoint.own.recommended, few_steps_of(checkpoint)
     side = int(runtime["transformer"]["sample_size"]) * int(latents["scale_factor"])
-    steps, scale = family.few_steps.get(checkpoint.scheduler.class_name, (family.steps, family.guidance_scale))
+    steps, scale = (family.steps, family.guidance_scale) if few is None else (few.steps[0], few.guidance_scale)
     return {
         "steps": int(own.get("steps") or next(iter(own_steps(schedule)), steps)),
         "width": side,
