@@ -17,7 +17,7 @@ from edgedit.converters.checkpoint import Checkpoint, ComponentSource, open_chec
 from edgedit.converters.families import BUILDERS, Family, builder, family_of
 from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.lowerings import onnx as onnx_lowering
-from edgedit.converters.manifest import Section, describe
+from edgedit.converters.manifest import Section, describe, guidance_of
 from edgedit.converters.measure import fit_preview, measure_onnx
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
@@ -136,6 +136,7 @@ def convert(
     checkpoint = open_checkpoint(source, revision=revision, offline=offline, variant=variant)
     jobs = _plan(checkpoint, components)
     family = _family(checkpoint, jobs)
+    guidance_of(checkpoint, family, {job.name: job.component.runtime for job in jobs})
     tokenizer = _tokenizer(checkpoint, jobs)
     notes = [*checkpoint.notes]
     options = {"to": list(to), "dtype": dtype, "components": [job.name for job in jobs], "variant": variant}

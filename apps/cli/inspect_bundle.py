@@ -75,6 +75,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
         and f"{best['width']}x{best['height']}, {best['steps']} steps, {best['sampler']}, "
         f"guidance {best['guidance_scale']:g}",
         "sizes": best and ", ".join(f"{width}x{height}" for width, height in best["sizes"]),
+        "attention": _operators(manifest["components"].get("transformer", {}).get("config", {}).get("self_attention")),
         "schedule": manifest["schedule"] and _plain(manifest["schedule"]),
         "guidance": manifest["guidance"] and _plain(manifest["guidance"]),
         "latents": latents
@@ -89,6 +90,27 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
         f"{'lower case' if prompt['lower'] else 'case kept'}, padding {prompt['padding']}, "
         f"template {_short(prompt['positive']['template'])!r}",
     }
+
+
+def _operators(entries: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """Self-attention operators with the blocks that have them: "lit (heads 2, kernel_size 5) in 0-3, 5"."""
+    shown = []
+    for entry in entries or ():
+        options = {key: value for key, value in entry.items() if key not in ("operator", "layers")}
+        details = f" ({_plain(options)})" if options else ""
+        shown.append(f"{entry['operator']}{details} in {_ranges(entry['layers'])}")
+    return "; ".join(shown)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers 0, 1, 2, 3 and 5 as "0-3, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _parity(parity: Mapping[str, Any] | None) -> Sequence[str]:

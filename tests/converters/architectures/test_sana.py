@@ -169,6 +169,7 @@ def test_runtime_tells_what_the_sampler_must_know() -> None:
         "guidance_embeds_scale": 0.1,
         "timestep_scale": 1000.0,
         "caption_channels": 2304,
+        "self_attention": [{"operator": "relu", "heads": 70, "layers": [0]}],
     }
     assert [spec.name for spec in sprint.inputs][4:] == ["pos_embed", "guidance"]
     plain = build_transformer({"num_layers": 1})
