@@ -17,8 +17,11 @@ import typer
 from edgedit import __version__
 from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
+from edgedit.apps.cli.distill import distill
+from edgedit.apps.cli.eval import eval_model
 from edgedit.apps.cli.generate import generate
 from edgedit.apps.cli.inspect import inspect
+from edgedit.apps.cli.linearize import linearize
 from edgedit.apps.cli.models import models
 from edgedit.apps.cli.verify import verify
 from edgedit.errors import EdgeditError
@@ -35,8 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, verify, bench, models):
+for command in (generate, convert, inspect, verify, bench, models, linearize, distill):
     app.command(no_args_is_help=False)(command)
+app.command("eval", no_args_is_help=False)(eval_model)
 
 
 def _print_version(value: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedit.errors import InputError
+from edgedit.errors import CheckpointError, InputError
 
 __all__ = ["Budget", "Stage", "autocast", "load_file", "run_stage", "save_file", "step_rng"]
 
@@ -92,8 +93,15 @@ def save_file(state: dict[str, Any], path: Path) -> None:
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """Reads what `save_file` wrote; refuses anything but tensors and plain containers."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Reads what `save_file` wrote; refuses anything but tensors and plain containers.
+
+    Raises CheckpointError for a damaged file.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise CheckpointError(f"{path} is damaged ({reason}); delete it to begin this part again") from None
     return state
 
 

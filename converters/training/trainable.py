@@ -115,18 +115,15 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); mend it or delete it") from None
-    if not isinstance(found, dict) or not isinstance(found.get("attention", []), list):
-        raise CheckpointError(f"{path} must be an object whose attention is a list; mend it or delete it")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def _build(network: ComponentSource) -> Any:
     try:
-        return getattr(diffusers, network.class_name).from_config(dict(network.config)).float()
+        # The reader puts what edgedit.json says of attention beside what diffusers knows.
+        config = {key: value for key, value in network.config.items() if key != "self_attention"}
+        return getattr(diffusers, network.class_name).from_config(config).float()
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"transformer/config.json describes no {network.class_name}: {error}") from None
 
