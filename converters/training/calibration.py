@@ -24,6 +24,7 @@ from edgedit.errors import InputError
 
 __all__ = [
     "DEFAULT_PROMPTS",
+    "PROMPTS_FILE",
     "Calibration",
     "draw_latents",
     "embed_prompts",

@@ -17,7 +17,8 @@ from edgedit.converters.training.captions import Claims, caption
 from edgedit.converters.training.scene_reader import read_scene
 from edgedit.converters.training.scoring import Score, Tally, score_scene
 from edgedit.converters.training.similarity import psnr, ssim, structure_distance
-from edgedit.converters.training.world import Scene, sample_scene
+from edgedit.converters.training.world import IMAGE_SIZE, Scene, sample_scene
+from edgedit.errors import InputError
 
 __all__ = [
     "Draw",
@@ -98,11 +99,18 @@ def score(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> tuple[Table
     tallies = {name: Tally() for name in (*GROUP_NAMES.values(), "all prompts")}
     scores: list[Score] = []
     for prompt, picture in zip(prompts, pictures, strict=True):
-        found = score_scene(read_scene(picture), prompt.claims)
+        found = score_scene(read_scene(_at_scene_size(picture)), prompt.claims)
         tallies[GROUP_NAMES[prompt.claims.count]].add(found)
         tallies["all prompts"].add(found)
         scores.append(found)
     return {name: tally.table() for name, tally in tallies.items() if tally.claimed}, scores
+
+
+def _at_scene_size(picture: Picture) -> Picture:
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    if picture.shape[:2] == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
 def failures(prompts: Sequence[Prompt], scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -115,8 +123,13 @@ def failures(prompts: Sequence[Prompt], scores: Sequence[Score]) -> list[dict[st
 
 
 def agreement(pictures: Sequence[Picture], others: Sequence[Picture]) -> dict[str, float]:
-    """Mean likeness of pictures with those of another model for the same prompts and seeds (see `similarity`)."""
+    """Mean likeness of pictures with those of another model for the same prompts and seeds (see `similarity`).
+
+    Raises InputError when the two models draw pictures of different sizes.
+    """
     pairs = list(zip(pictures, others, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        raise InputError("the two models draw pictures of different sizes, which cannot be compared one by one")
     measures = {"psnr_db": psnr, "ssim": ssim, "structure_distance": structure_distance}
     return {name: float(np.mean([measure(a, b) for a, b in pairs])) for name, measure in measures.items()}
 

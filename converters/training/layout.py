@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class LayoutHead(nn.Module):
 
 def layout_loss(logits: Tensor, layout: Tensor) -> Tensor:
     """Sum of the cross entropies, those of shape, colour and size over the tokens that hold an object."""
-    shape, colour, size, background, presence = logits.float().flatten(0, 1).split(_CLASSES, dim=-1)
+    shape, colour, size, background, presence = torch.split(logits.float().flatten(0, 1), list(_CLASSES), dim=-1)
     classes = layout.flatten(0, 1).long()
     held = (classes[:, 0] != NOTHING).long()
     total = F.cross_entropy(background, classes[:, 3]) + F.cross_entropy(presence, held)

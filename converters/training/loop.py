@@ -121,7 +121,8 @@ class _Optimisers:
     """
 
     def __init__(self, stage: Stage) -> None:
-        hidden, others = [], []
+        hidden: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in stage.modules.named_parameters():
             (hidden if name in stage.hidden_matrices else others).append(parameter)
         self._parts: list[tuple[torch.optim.Optimizer, float]] = [

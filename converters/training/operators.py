@@ -58,11 +58,11 @@ class SelfAttention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, N, inner) to (B, heads, N, inner / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def to_map(self, x: Tensor) -> Tensor:
         """(B, H · W, C) to (B, C, H, W)."""
-        return x.transpose(1, 2).unflatten(-1, self.grid)
+        return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid)
 
 
 class ReluAttention(SelfAttention):
@@ -96,7 +96,7 @@ class LitAttention(ReluAttention):
         nn.init.zeros_(self.dwc.bias)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        local = self.dwc(self.to_map(value)).flatten(2).transpose(1, 2)
+        local: Tensor = self.dwc(self.to_map(value)).flatten(2).transpose(1, 2)
         return super().mix(query, key, value) + local
 
 
@@ -156,7 +156,7 @@ class CircleAttention(SoftmaxOver):
             return x
         height, width = (side // self.pool for side in self.grid)
         cut = self.to_map(x)[..., : height * self.pool, : width * self.pool]
-        windows = cut.unflatten(-1, (width, self.pool)).unflatten(-3, (height, self.pool))
+        windows = cut.reshape(*x.shape[::2], height, self.pool, width, self.pool)
         weights = self.spatial_weight.reshape(1, 1, 1, self.pool, 1, self.pool)
         pooled = (windows * weights).sum((3, 5)).flatten(2).transpose(1, 2)
         return torch.cat([x, pooled], 1)

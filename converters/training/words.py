@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,6 +88,7 @@ def word_loss(logits: Tensor, facts: Tensor) -> Tensor:
     wanted = facts.flatten(0, 1).long()
     count = (wanted[:, 0] != UNKNOWN).sum().clamp(min=1)
     total = logits.new_zeros((), dtype=logits.float().dtype)
-    for part, index in zip(logits.float().flatten(0, 1).split(_CLASSES, dim=-1), range(len(FACTS)), strict=True):
+    parts = torch.split(logits.float().flatten(0, 1), list(_CLASSES), dim=-1)
+    for index, part in enumerate(parts):
         total = total + F.cross_entropy(part, wanted[:, index], ignore_index=UNKNOWN, reduction="sum") / count
     return total

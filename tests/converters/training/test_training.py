@@ -16,8 +16,8 @@ from edgedit.converters.training import train
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
-from edgedit.converters.training.evaluate import evaluate, held_out_prompts, open_model
-from edgedit.converters.training.export import export_pipeline
+from edgedit.converters.training.evaluate import held_out_prompts, open_model, score
+from edgedit.converters.training.export import CALIBRATION_PROMPTS, export_pipeline
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
@@ -188,12 +188,11 @@ def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, mo
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     trained = load_file(tmp_path / "transformer.pt")["averaged"]["transformer.proj_out.bias"]
     assert torch.equal(pipeline.transformer.proj_out.bias.data.half(), trained.half())
-    tables, pictures, scores = evaluate(
-        open_model(folder, steps=2, guidance_scale=2.0),
-        held_out_prompts(3, seed=0),
-        batch_size=2,
-        log=lambda line: None,
-    )
+    assert len((folder / "calibration.txt").read_text().splitlines()) == CALIBRATION_PROMPTS
+    prompts = held_out_prompts(3, seed=0)
+    with open_model(folder, steps=2, guidance_scale=2.0) as draw:
+        pictures = draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])
+    tables, scores = score(pictures, prompts)
     assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 3
     assert len(scores) == 3
     assert tables["all prompts"]["all"]["total"] == 3
