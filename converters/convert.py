@@ -112,7 +112,8 @@ def convert(
         source: a diffusers folder, one component's folder, a weights file, or a Hub id.
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
-        dtype: "fp32", or "fp16" for weights stored as float16 (arithmetic stays float32).
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8" or "w4" for weights in so
+            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well.
         components: bundle components to convert ("transformer", "text_encoder", "decoder", "encoder"); all by default.
         revision, offline, variant: which files of the source to take; see `open_checkpoint`.
         name: the model's name in the manifest; the bundle's file name by default.

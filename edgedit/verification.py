@@ -17,7 +17,7 @@ from edgedit.metrics import Agreement, compare
 __all__ = ["TOLERANCES", "ComponentCheck", "VerificationReport", "verify"]
 
 #: Relative L2 that a component may be off its canonical fp32 graph, by precision of its weights.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "w8": 0.1, "w8a8": 0.2, "w4": 0.5}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ def convert(
         list[str] | None,
         typer.Option(metavar="BACKEND", help="Backend to convert for; repeat for more.", show_default="onnx"),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Weights: fp32, or fp16 at half the size.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Weights: fp32, fp16, w8, w4, or w8a8 (int8 arithmetic too).")
+    ] = "fp32",
     components: Annotated[
         str | None,
         typer.Option(
