@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square on a white background
 JOBS ?= 2
 
-.PHONY: demo test check-full lint format clean
+.PHONY: demo test check-full bench lint format clean
 
 demo: $(VENV)/.core
 	$(BIN)/edgedit generate "$(PROMPT)" --output demo.png
@@ -16,6 +16,10 @@ test: $(VENV)/.test lint
 
 check-full: $(VENV)/.test
 	$(BIN)/python -m pytest -m full -s
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/bench/attention_cost.py build/bench
+	$(BIN)/python tests/bench/sana_step.py | tee build/bench/sana_step.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -16,7 +16,10 @@ from diffusers import PixArtTransformer2DModel
 from tiny_pipelines import randomize
 
 import edgedit
+from edgedit.converters.architectures.operators import operators_of
+from edgedit.converters.own_record import read_own_record
 from edgedit.errors import CheckpointError, ConversionError
+from edgedit.schedules import own_steps
 
 Saved = Callable[[str], tuple[Any, Path, int]]
 
@@ -170,3 +173,14 @@ def test_operators_that_the_weights_cannot_have_are_refused(
     with pytest.raises((CheckpointError, ConversionError), match=message):
         edgedit.convert(checkpoint, tmp_path / "x.edgedit")
     assert not (tmp_path / "x.edgedit").exists()
+
+
+def test_the_record_in_the_documentation_is_accepted(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    record = page.split("## What a checkpoint says of itself")[1].split("```json\n")[1].split("```")[0]
+    (tmp_path / "edgedit.json").write_text(record)
+    own = read_own_record(tmp_path)
+    assert own.schedule is not None
+    assert own_steps(own.schedule) == (4, 2, 1)
+    names = [operator.name for operator in operators_of(own.attention, 6, 12)]
+    assert names == ["lit", "lit", "kv", "softmax", "softmax", "lit"]

@@ -246,3 +246,18 @@ def test_a_record_that_is_not_what_it_should_be_is_refused_in_one_line(
         edgedit.convert(checkpoint, tmp_path / "x.edgedit")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x.edgedit").exists()
+
+
+def test_the_timestep_scale_of_sana_reaches_the_network_as_its_pipeline_has_it(
+    saved_pipeline: Saved, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved_pipeline("sana")[1], tmp_path / "checkpoint"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "timestep_scale": 0.25}))
+    edgedit.convert(folder, tmp_path / "x.edgedit")
+    seen: list[float] = []
+    pipeline = edgedit.load(tmp_path / "x.edgedit")
+    pipeline.generate("a red cat", seed=0, steps=2, on_step=lambda state: seen.append(state.timestep) or True)
+    scheduler = saved_pipeline("sana")[0].scheduler
+    scheduler.set_timesteps(2)
+    assert seen == [float(0.25 * timestep) for timestep in scheduler.timesteps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,14 @@ def test_a_published_one_step_model_converts_to_a_bundle_that_draws_in_one_step(
     assert (result.recipe["steps"], result.recipe["sampler"], result.recipe["guidance_scale"]) == (1, "dmd", 1.0)
     with pytest.raises(InputError, match="distilled for 1 step; ask for that, not 4"):
         pipeline.generate("a red cat", seed=0, steps=4)
+
+
+def test_the_page_lists_every_model_with_its_steps() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    listed: dict[str, str] = {}
+    for row in page.split("| Model | Known by |")[1].split("\n\n")[0].splitlines()[2:]:
+        _, names, _, steps, *_ = row.split("|")
+        listed.update(dict.fromkeys(re.findall(r"`([^`]+)`", names), steps))
+    assert list(listed) == [entry.name for entry in FEW_STEPS]
+    for entry in FEW_STEPS:
+        assert {str(count) for count in entry.steps} <= set(re.findall(r"\d+", listed[entry.name]))
