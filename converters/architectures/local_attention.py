@@ -57,7 +57,7 @@ def _windows(op: Op, grid: TokenGrid, radius: int) -> _Windows:
     ]
     keys = op.Where(
         op.And(op.Unsqueeze(on_map[0], int64s(op, 1, 3)), op.Unsqueeze(on_map[1], int64s(op, 0, 2))),
-        _flat(op, *reached, width),
+        _flat(op, reached[0], reached[1], width),
         op.Mul(height, width),
     )
     places = [op.Range(0, side, 1) for side in (height, width)]
@@ -67,7 +67,7 @@ def _windows(op: Op, grid: TokenGrid, radius: int) -> _Windows:
     rows = op.Add(op.Mul(op.Mul(tiles[0], columns), tile * tile), op.Mul(offsets[0], tile))
     tokens = op.Add(op.Unsqueeze(rows, int64s(op, 1)), op.Add(op.Mul(tiles[1], tile * tile), offsets[1]))
     return _Windows(
-        queries=op.Reshape(_flat(op, *clipped, width), int64s(op, -1, tile * tile)),
+        queries=op.Reshape(_flat(op, clipped[0], clipped[1], width), int64s(op, -1, tile * tile)),
         keys=op.Reshape(keys, int64s(op, -1, span * span)),
         tokens=op.Reshape(tokens, int64s(op, -1)),
         circle=_circle(op, radius, tile, span),
