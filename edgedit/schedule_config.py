@@ -53,7 +53,7 @@ TrigFlow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_tables(rows: Sequence[object]) -> bool:
+    """Whether these are lists of numbers, each of another length and none empty."""
+    lengths = [len(row) for row in rows if isinstance(row, (list, tuple)) and row and _has_type(row, "numbers")]
+    return 0 < len(rows) == len(lengths) == len(set(lengths))
+
+
 def _has_type(value: object, kind: str) -> bool:
     if kind == "null":
         return value is None
@@ -167,8 +173,7 @@ def _has_type(value: object, kind: str) -> bool:
     if kind == "numbers":
         return isinstance(value, (list, tuple)) and all(_is_number(item) for item in value)
     if kind == "tables":
-        rows = isinstance(value, (list, tuple)) and all(_has_type(row, "numbers") and row for row in value)
-        return rows and len({len(row) for row in value}) == len(value) > 0  # type: ignore[union-attr, arg-type]
+        return isinstance(value, (list, tuple)) and _are_tables(value)
     return isinstance(value, Mapping)
 
 

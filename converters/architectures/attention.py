@@ -142,8 +142,8 @@ class LinearAttention(SelfAttention):
     diffusers appends a row of ones to the value: the same sum without the copy.
 
     With `kernel_size` the value, as a map, goes through a depthwise convolution `dwc` of that size too, which is added
-    to the result before the last projection: LiT (Wang et al. 2025, arXiv 2501.12976), section 3.1, which also finds
-    few heads to do as well as many.
+    to the result before the last projection: LiT (Wang et al. 2025, arXiv 2501.12976), which also finds few heads to do
+    as well as many.
     """
 
     def __init__(

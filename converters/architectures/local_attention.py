@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ def _windows(op: Op, grid: TokenGrid, radius: int) -> _Windows:
     ]
     keys = op.Where(
         op.And(op.Unsqueeze(on_map[0], int64s(op, 1, 3)), op.Unsqueeze(on_map[1], int64s(op, 0, 2))),
-        _flat(op, *reached, width),
+        _flat(op, reached[0], reached[1], width),
         op.Mul(height, width),
     )
     places = [op.Range(0, side, 1) for side in (height, width)]
@@ -66,7 +67,7 @@ def _windows(op: Op, grid: TokenGrid, radius: int) -> _Windows:
     rows = op.Add(op.Mul(op.Mul(tiles[0], columns), tile * tile), op.Mul(offsets[0], tile))
     tokens = op.Add(op.Unsqueeze(rows, int64s(op, 1)), op.Add(op.Mul(tiles[1], tile * tile), offsets[1]))
     return _Windows(
-        queries=op.Reshape(_flat(op, *clipped, width), int64s(op, -1, tile * tile)),
+        queries=op.Reshape(_flat(op, clipped[0], clipped[1], width), int64s(op, -1, tile * tile)),
         keys=op.Reshape(keys, int64s(op, -1, span * span)),
         tokens=op.Reshape(tokens, int64s(op, -1)),
         circle=_circle(op, radius, tile, span),
@@ -98,10 +99,10 @@ def _circle(op: Op, radius: int, tile: int, span: int) -> Value:
 class LocalAttention(SelfAttention):
     """Softmax self-attention of each token to the keys with dy² + dx² < radius², in tokens: x [B, H·W, width] → same.
 
-    CLEAR (Liu et al. 2024, arXiv 2412.16112), section 3.2; `LocalFlexAttnProcessor` of its repository, for image
-    tokens. With `pool` P every query also sees the keys and values of all P × P windows of the map, averaged by the
-    learned `spatial_weight` [1, 1, 1, P, 1, P, 1] (section 3.3 and `LocalDownsampleFlexAttnProcessor`); what is left
-    over at the right and bottom is in no window. These are H·W / P² more keys for every query.
+    CLEAR (Liu et al. 2024, arXiv 2412.16112), for the image tokens. With `pool` P every query also sees the keys and
+    values of all P × P windows of the map, averaged by the learned `spatial_weight` [1, 1, 1, P, 1, P, 1], as in the
+    paper's variants with downsampling; what is left over at the right and bottom is in no window. These are H·W / P²
+    more keys for every query.
 
     The map is cut into tiles of queries, each of which gathers the window of keys that its circles reach; the circle
     and the keys outside the map are masked by an added bias. Heads go one after the other, so that a window's keys and
@@ -125,56 +126,69 @@ class LocalAttention(SelfAttention):
             self.spatial_weight = Parameter([1, 1, 1, pool, 1, pool, 1])
 
     def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:
+        """Query and key get one more channel a head, in which the key that stands for everything outside the map has
+        the bias of an unseen key and all others have 0; the query's entry there undoes the scale."""
         windows = grid.derive(("windows", self.radius), lambda: _windows(op, grid, self.radius))
-        q, k, v = self._query(op, x), self._key(op, x), self.to_v(op, x)
-        pooled = [self._pooled(op, part, grid) for part in (k, v)] if self.pool is not None else []
-        parts = [self._by_head(op, part) for part in (q, k, v, *pooled)]
         batch = op.Shape(x, start=0, end=1)
-        hidden = np.zeros((1, 1, self.head_dim + 1), np.float32)
-        hidden[..., -1] = _UNSEEN
-        outside = op.Expand(constant(op, hidden), op.Concat(batch, int64s(op, 1, 1), axis=0))
+        q = self._with_channel(op, self._query(op, x), float(np.float32(self.head_dim**0.5)))
+        k, v = self._key(op, x), self.to_v(op, x)
+        pooled: tuple[Value, ...] = ()
+        if self.pool is not None:
+            pooled = (self._with_channel(op, self._pooled(op, k, grid), 0.0), self._pooled(op, v, grid))
+        outside = np.zeros((1, 1, self.heads, self.head_dim + 1), np.float32)
+        outside[..., -1] = _UNSEEN
+        row = constant(op, outside.reshape(1, 1, -1))
+        row = op.Expand(row, op.Concat(batch, int64s(op, 1, 1), axis=0))
+        k = op.Concat(self._with_channel(op, k, 0.0), row, axis=1)
+        v = op.Pad(v, int64s(op, 0, 1), 0.0, int64s(op, 1))
+        parts = [self._by_head(op, part) for part in (q, k, v, *pooled)]
+        shapes = self._shapes(op, batch, pooled)
         bias = windows.circle if self.pool is None else self._seen_by_all(op, windows.circle, pooled[0])
-        heads = [self._head(op, windows, bias, outside, *head) for head in zip(*parts, strict=True)]
+        heads = [self._head(op, windows, bias, shapes, *head) for head in zip(*parts, strict=True)]
         return self.to_out[0](op, heads[0] if self.heads == 1 else op.Concat(*heads, axis=-1))
+
+    def _with_channel(self, op: Op, x: Value, value: float) -> Value:
+        """[B, N, heads · d] → [B, N, heads · (d + 1)], the last channel of each head being `value`."""
+        x = op.Reshape(x, int64s(op, 0, 0, self.heads, self.head_dim))
+        wider = int64s(op, 0, 0, self.heads * (self.head_dim + 1))
+        return op.Reshape(op.Pad(x, int64s(op, 0, 1), value, int64s(op, -1)), wider)
 
     def _by_head(self, op: Op, x: Value) -> list[Value]:
         if self.heads == 1:
             return [x]
         return list(op.Split(x, axis=-1, num_outputs=self.heads, _outputs=self.heads))
 
-    def _head(
-        self, op: Op, windows: _Windows, bias: Value, outside: Value, q: Value, k: Value, v: Value, *pooled: Value
-    ) -> Value:
-        """One head, [B, H·W, head_dim].
+    def _shapes(self, op: Op, batch: Value, pooled: Sequence[Value]) -> tuple[Value, Value, Value, Value]:
+        """One head's query, key and value as the batches of an attention, and its result with the tiles joined."""
+        tile, channels = _tile(self.radius), self.head_dim
+        keys = int64s(op, (tile + 2 * (self.radius - 1)) ** 2)
+        if pooled:
+            keys = op.Add(keys, op.Shape(pooled[0], start=1, end=2))
+        return (
+            int64s(op, -1, tile * tile, channels + 1),
+            op.Concat(int64s(op, -1), keys, int64s(op, channels + 1), axis=0),
+            op.Concat(int64s(op, -1), keys, int64s(op, channels), axis=0),
+            op.Concat(batch, int64s(op, -1, channels), axis=0),
+        )
 
-        Query and key get one more channel, in which the key that stands for everything outside the map (`outside`) has
-        its bias and all others 0; the query's entry there undoes the scale.
-        """
-        scale = self.head_dim**-0.5
-        channel, row = int64s(op, -1), int64s(op, 1)
-        q = op.Pad(q, int64s(op, 0, 1), float(np.float32(1 / scale)), channel)
-        k = op.Concat(op.Pad(k, int64s(op, 0, 1), 0.0, channel), outside, axis=1)
-        v = op.Pad(v, int64s(op, 0, 1), 0.0, row)
+    def _head(
+        self, op: Op, windows: _Windows, bias: Value, shapes: Sequence[Value], q: Value, k: Value, v: Value, *far: Value
+    ) -> Value:
+        """One head, [B, H·W, head_dim]; `far` are its pooled keys and values, if there are any."""
         q, k, v = (
             op.Gather(part, places, axis=1)
             for part, places in ((q, windows.queries), (k, windows.keys), (v, windows.keys))
         )
-        if pooled:
-            k, v = (
-                self._append(op, near, far)
-                for near, far in ((k, op.Pad(pooled[0], int64s(op, 0, 1), 0.0, channel)), (v, pooled[1]))
-            )
-        q, k, v = (op.Reshape(part, op.Concat(int64s(op, -1), op.Shape(part, start=2), axis=0)) for part in (q, k, v))
-        y = op.Attention(q, k, v, bias, q_num_heads=1, kv_num_heads=1, scale=scale)
-        y = op.Reshape(y, op.Concat(op.Shape(outside, start=0, end=1), int64s(op, -1, self.head_dim), axis=0))
-        return op.Gather(y, windows.tokens, axis=1)
+        if far:
+            k, v = (self._append(op, near, pooled) for near, pooled in zip((k, v), far, strict=True))
+        q, k, v = (op.Reshape(part, shape) for part, shape in zip((q, k, v), shapes, strict=False))
+        y = op.Attention(q, k, v, bias, q_num_heads=1, kv_num_heads=1, scale=self.head_dim**-0.5)
+        return op.Gather(op.Reshape(y, shapes[3]), windows.tokens, axis=1)
 
     def _append(self, op: Op, near: Value, far: Value) -> Value:
         """near [B, tiles, S², d] and far [B, M, d], which every tile sees → [B, tiles, S² + M, d]."""
-        far = op.Unsqueeze(far, int64s(op, 1))
-        tiles = op.Shape(near, start=1, end=2)
-        shape = op.Concat(int64s(op, 1), tiles, int64s(op, 1, 1), axis=0)
-        return op.Concat(near, op.Expand(far, shape), axis=2)
+        tiles = op.Concat(int64s(op, 1), op.Shape(near, start=1, end=2), int64s(op, 1, 1), axis=0)
+        return op.Concat(near, op.Expand(op.Unsqueeze(far, int64s(op, 1)), tiles), axis=2)
 
     def _seen_by_all(self, op: Op, circle: Value, pooled: Value) -> Value:
         """The circle's bias with a 0 for every pooled key, [1, 1, T², S² + M]."""

@@ -99,7 +99,7 @@ def _operator(entry: Any, width: int, where: str) -> Operator:
     if not isinstance(entry, dict):
         raise ConversionError(f"{where} is {entry!r}: it must be an object")
     name = entry.get("operator")
-    if name not in OPERATORS:
+    if not isinstance(name, str) or name not in OPERATORS:
         raise ConversionError(f"{where} has operator {name!r}: choose one of {', '.join(OPERATORS)}")
     options = OPERATORS[name]
     for key in entry:
@@ -144,16 +144,16 @@ def self_attention(
 
     width, heads, head_dim, bias, qk_norm: those of the attention that it replaces, as diffusers' Attention has them.
     """
-    options, same = operator.options, {"bias": bias, "qk_norm": qk_norm}
-    inner = heads * head_dim
+    options, inner = operator.options, heads * head_dim
     if operator.name == "softmax":
         return SoftmaxAttention(width, heads, head_dim, bias=bias, **qk_norms(qk_norm, inner))
     if operator.name in ("relu", "lit"):
         own = options["heads"]
-        return LinearAttention(width, own, inner // own, kernel_size=options.get("kernel_size"), **same)
+        kernel_size = options.get("kernel_size")
+        return LinearAttention(width, own, inner // own, bias=bias, qk_norm=qk_norm, kernel_size=kernel_size)
     makes: Mapping[str, Callable[..., Module]] = {
         "clear": LocalAttention,
         "kv": KVCompressedAttention,
         "proxy": ProxyAttention,
     }
-    return makes[operator.name](width, heads, head_dim, **options, **same)
+    return makes[operator.name](width, heads, head_dim, **options, bias=bias, qk_norm=qk_norm)
