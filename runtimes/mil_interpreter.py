@@ -1,7 +1,7 @@
 """Evaluates a Core ML ML Program with numpy, on any OS: the reference runtime for what the Core ML lowering writes.
 
-What it proves is that the program and the weights on disk compute what they should, bit-true to the stored weights. What
-Apple's compiler and processors make of them (order of sums, placement, fused kernels) it cannot show.
+What it proves is that the program and the weights on disk compute what they should, bit-true to the stored weights.
+What Apple's compiler and processors make of them (order of sums, placement, fused kernels) it cannot show.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ class MilInterpreter:
     def _evaluate(self, operation: MilOperation, values: Mapping[str, Any]) -> list[Any]:
         if operation.kind in DECOMPRESS:
             return self._constant(operation, values)
-        arguments = {
-            name: self._argument(value, values) for name, value in operation.inputs.items() if name != "name"
-        }
+        arguments = {name: self._argument(value, values) for name, value in operation.inputs.items() if name != "name"}
         try:
             with np.errstate(all="ignore"):
                 if operation.kind == "cast":

@@ -99,7 +99,9 @@ def _erf(x: Array) -> Array:
     i = place.astype(np.int64)
     t = place - i
     a, b = values[i], values[i + 1]
-    cubic = a + t * (slopes[i] + t * (3 * (b - a) - 2 * slopes[i] - slopes[i + 1] + t * (2 * (a - b) + slopes[i] + slopes[i + 1])))
+    cubic = a + t * (
+        slopes[i] + t * (3 * (b - a) - 2 * slopes[i] - slopes[i + 1] + t * (2 * (a - b) + slopes[i] + slopes[i + 1]))
+    )
     return np.copysign(cubic, x).astype(np.float32)
 
 

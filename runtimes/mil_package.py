@@ -284,9 +284,7 @@ def read_package(path: str | Path) -> MilPackage:
         message = _parse(memoryview(model.read_bytes()))
         if not message.has(502):
             raise ValueError("it holds no ML Program")
-        functions = {
-            name: _function(name, function, weights) for name, function in message.message(502).entries(2)
-        }
+        functions = {name: _function(name, function, weights) for name, function in message.message(502).entries(2)}
         default = message.message(2).text(21) or next(iter(functions))
         return MilPackage(folder, message.number(1), functions, default, weights)
     except FileNotFoundError as error:

@@ -1,11 +1,13 @@
 """Lowering to Core ML: an `.mlpackage` with one function of fixed shapes for every size, all over the same weights.
 
-The package is an ML Program for iOS 18 and macOS 15 or later. Inputs and outputs are float32 and int32; what is computed
-in float16 inside is decided operator by operator (`mil.islands`), so coremltools' own float16 pass never runs.
+The package is an ML Program for iOS 18 and macOS 15 or later. Inputs and outputs are float32 and int32; what is
+computed in float16 inside is decided operator by operator (`mil.islands`), so coremltools' own pass for it never runs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +21,8 @@ from edgedit.converters.lowerings.driver import is_static, lower
 from edgedit.converters.lowerings.mil import attention, elementwise, movement, networks
 from edgedit.converters.lowerings.mil.builder import MilBuilder
 from edgedit.converters.lowerings.mil.islands import find_islands, whole
-from edgedit.converters.lowerings.mil.library import coremltools
 from edgedit.errors import ConversionError
+from edgedit.runtimes.coreml_engine import coremltools
 
 __all__ = ["PRECISIONS", "TARGETS", "CoremlArtefact", "CoremlFunction", "CoremlOptions", "write"]
 
@@ -179,15 +181,16 @@ def _program(
 def _convert(library: Any, program: Any, target: str) -> Any:
     pipeline = library.PassPipeline.EMPTY
     pipeline.passes = _PASSES
-    return library.convert(
-        program,
-        source="milinternal",
-        convert_to="mlprogram",
-        minimum_deployment_target=getattr(library.target, target),
-        compute_precision=library.precision.FLOAT32,
-        pass_pipeline=pipeline,
-        skip_model_load=True,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        return library.convert(
+            program,
+            source="milinternal",
+            convert_to="mlprogram",
+            minimum_deployment_target=getattr(library.target, target),
+            compute_precision=library.precision.FLOAT32,
+            pass_pipeline=pipeline,
+            skip_model_load=True,
+        )
 
 
 def _shape(spec: TensorSpec, function: CoremlFunction) -> tuple[int, ...]:

@@ -64,9 +64,7 @@ def _number(value: float, real: str) -> Any:
     return np.float16(value) if real == "fp16" else np.float32(value)
 
 
-def _fused(
-    b: MilBuilder, node: NodeInfo, q: Any, k: Any, v: Any, bias: Any, scale: float, real: str
-) -> Any:
+def _fused(b: MilBuilder, node: NodeInfo, q: Any, k: Any, v: Any, bias: Any, scale: float, real: str) -> Any:
     """MIL's operator divides by sqrt(d) and takes no other scale, so the query carries the difference."""
     extra = scale * math.sqrt(shape_of(q)[-1])
     if abs(extra - 1) > 1e-6:

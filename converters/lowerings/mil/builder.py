@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgedit.converters.lowerings.driver import NodeInfo, Quantized, Static, Weight, dense, is_static
-from edgedit.converters.lowerings.mil.library import coremltools
+from edgedit.runtimes.coreml_engine import coremltools
 
 __all__ = ["FLOAT16_MAX", "MASK", "MilBuilder", "Pending", "Rule", "rules", "shape_of"]
 

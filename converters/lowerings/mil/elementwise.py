@@ -61,9 +61,9 @@ def binary(b: MilBuilder, node: NodeInfo, *values: Any) -> Any:
 def _biased_product(b: MilBuilder, values: tuple[Any, ...]) -> Any:
     """A product with a matrix plus a vector: one `linear` with a bias."""
     for product, bias in (values, values[::-1]):
-        if isinstance(product, Pending) and product.kind == "product" and product.written is None and is_static(bias):
-            if shape_of(bias) == shape_of(product)[-1:]:
-                return product.detail(bias)
+        waits = isinstance(product, Pending) and product.kind == "product" and product.written is None
+        if waits and is_static(bias) and shape_of(bias) == shape_of(product)[-1:]:
+            return product.detail(bias)
     return None
 
 
@@ -77,9 +77,7 @@ def _silu(b: MilBuilder, node: NodeInfo, values: tuple[Any, ...]) -> Any:
 @rules("Sigmoid")
 def sigmoid(b: MilBuilder, node: NodeInfo, x: Any) -> Pending:
     """Waits for a product with its own operand, which is SiLU."""
-    return Pending(
-        "sigmoid", shape_of(x), x, lambda: b.mb.sigmoid(x=b.var(x, b.real(node)), name=b.name(node.name))
-    )
+    return Pending("sigmoid", shape_of(x), x, lambda: b.mb.sigmoid(x=b.var(x, b.real(node)), name=b.name(node.name)))
 
 
 @rules(*_UNARY)

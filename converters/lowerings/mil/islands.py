@@ -1,4 +1,4 @@
-"""Which nodes of a canonical graph float16 cannot compute, and why: found in the graph's structure, not in its names."""
+"""Which nodes of a canonical graph float16 cannot compute, and why: found in the graph's structure."""
 
 from __future__ import annotations
 

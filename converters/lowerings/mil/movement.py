@@ -36,7 +36,7 @@ def _reshape_later(b: MilBuilder, node: NodeInfo, base: Any, shape: list[int]) -
 
 @rules("Transpose")
 def transpose(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
-    """A transposition; of more than five axes with those of size one left out and neighbours that stay together merged."""
+    """A transposition; of more than five axes without those of size one, and with neighbours that stay so merged."""
     shape = shape_of(x)
     order = [int(axis) for axis in node.get("perm", range(len(shape))[::-1])]
     if len(shape) <= MAX_RANK:

@@ -42,9 +42,7 @@ def _linear(b: MilBuilder, node: NodeInfo, x: Any, weight: Static) -> Pending:
     def with_bias(bias: Static) -> Any:
         if b.half and real == "fp16" and b.overflows(bias):
             return None
-        return b.mb.linear(
-            x=b.var(x, real), weight=matrix(), bias=b.constant(bias, real), name=b.name(node.name)
-        )
+        return b.mb.linear(x=b.var(x, real), weight=matrix(), bias=b.constant(bias, real), name=b.name(node.name))
 
     return Pending("product", (*shape_of(x)[:-1], shape_of(weight)[1]), x, write, with_bias)
 
