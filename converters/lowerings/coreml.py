@@ -38,7 +38,6 @@ TARGETS = ("iOS18", "iOS26")
 _PASSES = [
     "common::noop_elimination",
     "common::sanitize_input_output_names",
-    "common::const_deduplication",
     "common::dead_code_elimination",
     "common::dedup_op_and_var_names",
 ]

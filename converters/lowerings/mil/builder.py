@@ -204,10 +204,18 @@ class MilBuilder:
             array = _narrow(array)
         if array.dtype.kind == "f" and real == "fp32" and array.dtype == np.float16:
             if array.size >= _SMALL:
-                result = self.mb.constexpr_cast(source_val=array, output_dtype="fp32", name=name)
+                stored = self._shared(self.mb.const(val=array, name=self.name(f"{name}_stored")), owner, key)
+                result = self.mb.constexpr_cast(source_val=stored, output_dtype="fp32", name=name)
                 return self._remember(owner, key, result)
             array = array.astype(np.float32)
-        return self._remember(owner, key, self.mb.const(val=array, name=name))
+        return self._remember(owner, key, self._shared(self.mb.const(val=array, name=name), owner, key))
+
+    @staticmethod
+    def _shared(constant: Var, owner: str | None, key: str) -> Var:
+        """Functions that use one weight in one form share its bytes in the file: coremltools goes by this mark."""
+        if owner is not None:
+            constant.op.weight_id = f"{owner}:{key}"
+        return constant
 
     def _remember(self, owner: str | None, key: str, result: Var) -> Var:
         if owner is not None:
@@ -234,7 +242,13 @@ class MilBuilder:
         }
         if value.zero_point is not None:
             parts["offset"] = np.ascontiguousarray(change(value.zero_point)).astype(kind)
-        result = self.mb.constexpr_blockwise_shift_scale(**parts, name=self.name(value.name))
+        stored = {
+            part: self._shared(
+                self.mb.const(val=array, name=self.name(f"{value.name}_{part}")), value.name, f"{key}:{part}"
+            )
+            for part, array in parts.items()
+        }
+        result = self.mb.constexpr_blockwise_shift_scale(**stored, name=self.name(value.name))
         return self._remember(value.name, key, result)
 
 
