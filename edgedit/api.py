@@ -120,6 +120,9 @@ def verify(
     *,
     backend: str = "auto",
     threads: int | None = None,
+    interpreter: bool = False,
+    emulate_fp16: bool = False,
+    pictures: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> VerificationReport:
     """Check a bundle's files and run its components against what the conversion recorded.
@@ -127,6 +130,12 @@ def verify(
     See `edgedit.verification`.
     """
     report: VerificationReport = import_module("edgedit.verification").verify(
-        BUILTIN if str(bundle) == "builtin" else bundle, backend=backend, threads=threads, on_progress=on_progress
+        BUILTIN if str(bundle) == "builtin" else bundle,
+        backend=backend,
+        threads=threads,
+        interpreter=interpreter,
+        emulate_fp16=emulate_fp16,
+        pictures=pictures,
+        on_progress=on_progress,
     )
     return report

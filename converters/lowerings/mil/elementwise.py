@@ -116,11 +116,23 @@ def softmax(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
 
 @rules("Where")
 def where(b: MilBuilder, node: NodeInfo, condition: Any, x: Any, y: Any) -> Any:
-    """Elements of x or y; a side that is a single number stays one."""
+    """Elements of x or y. MIL takes the shape of its result from x and y alone, so a condition that is larger than
+    both, which chooses between two numbers, becomes a sum of products."""
     real = b.real(node, *(v for v in (x, y) if b.is_float(v)))
     shape = np.broadcast_shapes(*(shape_of(v) for v in (condition, x, y)))
+    if np.broadcast_shapes(shape_of(x), shape_of(y)) != shape and b.is_float(x):
+        return _chosen(b, node, b.cast(b.var(condition), real), b.var(x, real), b.var(y, real), real)
     sides = [_spread(b, b.var(v, real), shape) for v in (x, y)]
     return b.mb.select(cond=_spread(b, b.var(condition), shape), a=sides[0], b=sides[1], name=b.name(node.name))
+
+
+def _chosen(b: MilBuilder, node: NodeInfo, chosen: Any, x: Any, y: Any, real: str) -> Any:
+    """c x + (1 - c) y for c of zeros and ones: exact, since both are finite."""
+    one = np.float16(1) if real == "fp16" else np.float32(1)
+    other = b.mb.mul(x=b.mb.sub(x=one, y=chosen, name=b.name(node.name)), y=y, name=b.name(node.name))
+    if x.val is not None and not np.any(x.val):
+        return other
+    return b.mb.add(x=b.mb.mul(x=chosen, y=x, name=b.name(node.name)), y=other, name=b.name(node.name))
 
 
 def _spread(b: MilBuilder, value: Any, shape: tuple[int, ...]) -> Any:
