@@ -16,6 +16,7 @@ from edgedit.converters.fixed_sizes import FixedSizes, fixed_sizes
 from edgedit.converters.graph import Component
 from edgedit.converters.lowerings import coreml as lowering
 from edgedit.converters.lowerings.coreml import CoremlArtefact
+from edgedit.converters.lowerings.mil.compression import WeightForm, parse_form
 from edgedit.converters.manifest import overrides
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
 from edgedit.errors import ConversionError
@@ -39,16 +40,21 @@ class CoremlOptions:
     Attributes:
         target: "iOS18" (with macOS 15) or "iOS26" (with macOS 26).
         attention: "fused" is Core ML's operator, "written" a product, a softmax and a product.
+        weights: how the transformer and the text encoder are stored: "int8", "int4" (blocks of 32 inputs; "int4-b64" has
+            64), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16" has one palette for 16 outputs). None: `dtype`.
     """
 
     target: str = "iOS18"
     attention: str = "fused"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.target not in lowering.TARGETS:
             raise ConversionError(f"unknown Core ML target {self.target!r}; choose from: {', '.join(lowering.TARGETS)}")
         if self.attention not in ("fused", "written"):
             raise ConversionError(f"unknown attention {self.attention!r}; choose from: fused, written")
+        if self.weights is not None:
+            parse_form(self.weights)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,12 @@ class CoremlPlan:
     def as_dict(self) -> dict[str, Any]:
         """For the manifest's provenance."""
         return {**asdict(self.options), "sizes": [list(size) for size in self.sizes.pictures]}
+
+    def _form(self, component: str) -> WeightForm | None:
+        """Autoencoders stay whole: they are small, and the eye sees what they do."""
+        if self.options.weights is None or component not in ("transformer", "text_encoder"):
+            return None
+        return parse_form(self.options.weights)
 
     def measured(self, asked: bool | None) -> bool:
         """Whether packages are run at conversion: when that is asked for, or nothing is said and pictures are small."""
@@ -89,6 +101,7 @@ class CoremlPlan:
                 target=self.options.target,
                 fused_attention=self.options.attention == "fused",
                 whole_reason=_reason(component),
+                form=self._form(component.name),
             ),
         )
         named = len(artefact.functions) > 1

@@ -18,7 +18,7 @@ from edgedit.metrics import Agreement, compare
 __all__ = ["TOLERANCES", "ComponentCheck", "PictureCheck", "VerificationReport", "verify"]
 
 #: Relative L2 that a component may be off its canonical fp32 graph, by precision of its weights.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-1}
 
 
 @dataclass(frozen=True)

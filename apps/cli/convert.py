@@ -45,6 +45,14 @@ def convert(
         str | None,
         typer.Option(metavar="FORM", help="fused, or written (product, softmax, product).", show_default="fused"),
     ] = None,
+    coreml_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Weights of transformer and text encoder for Core ML: int8, int4, palette1 to palette8.",
+            show_default="as --dtype",
+        ),
+    ] = None,
     components: Annotated[
         str | None,
         typer.Option(
@@ -100,7 +108,7 @@ def convert(
             to=_names("--to", ",".join(to)) if to else ("onnx",),
             dtype=dtype,
             sizes=[_size(text) for text in size] if size else None,
-            coreml=_coreml(coreml_target, coreml_attention),
+            coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
             components=None if components is None else _names("--components", components),
             revision=revision,
             offline=offline,
@@ -132,8 +140,8 @@ def _size(text: str) -> tuple[int, int]:
     return width or 0, height or 0
 
 
-def _coreml(target: str | None, attention: str | None) -> CoremlOptions | None:
-    given = {key: value for key, value in (("target", target), ("attention", attention)) if value is not None}
+def _coreml(**options: str | None) -> CoremlOptions | None:
+    given = {key: value for key, value in options.items() if value is not None}
     if not given:
         return None
     from edgedit.converters.coreml import CoremlOptions

@@ -20,6 +20,7 @@ from edgedit.converters.graph import TensorSpec
 from edgedit.converters.lowerings.driver import is_static, lower
 from edgedit.converters.lowerings.mil import attention, elementwise, movement, networks
 from edgedit.converters.lowerings.mil.builder import MilBuilder
+from edgedit.converters.lowerings.mil.compression import WeightForm
 from edgedit.converters.lowerings.mil.islands import find_islands, whole
 from edgedit.errors import ConversionError
 from edgedit.runtimes.coreml_engine import coremltools
@@ -60,12 +61,14 @@ class CoremlOptions:
         target: one of TARGETS.
         fused_attention: `scaled_dot_product_attention`, or its parts written out.
         whole_reason: with precision "fp16-weights", why nothing is computed in float16.
+        form: how large weights of linear layers and convolutions are stored.
     """
 
     precision: str = "fp32"
     target: str = "iOS18"
     fused_attention: bool = True
     whole_reason: str = "asked for"
+    form: WeightForm | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class CoremlArtefact:
     """A package in the bundle.
 
     Attributes:
-        precision: of the weights, "fp32" or "fp16".
+        precision: of the weights: "fp32", "fp16", or the name of a compressed form.
         graph: the package's folder, relative to the bundle.
         files: everything in it, relative to the bundle.
         functions: one for each size.
@@ -125,7 +128,7 @@ def write(
         raise ConversionError(f"{component}: coremltools refuses the program: {reason}") from error
     files = sorted(path for path in package.rglob("*") if path.is_file())
     return CoremlArtefact(
-        precision="fp32" if options.precision == "fp32" else "fp16",
+        precision=_stored(options),
         graph=package.relative_to(root).as_posix(),
         files=tuple(path.relative_to(root).as_posix() for path in files),
         functions=tuple(functions),
@@ -135,14 +138,21 @@ def write(
 
 def _builder(model: ir.Model, options: CoremlOptions) -> MilBuilder:
     if options.precision == "fp32":
-        return MilBuilder(fused_attention=options.fused_attention)
+        return MilBuilder(fused_attention=options.fused_attention, form=options.form)
     everything = options.precision == "fp16-weights"
     return MilBuilder(
         half=True,
         islands=whole(model, options.whole_reason) if everything else find_islands(model),
         store_half=everything,
         fused_attention=options.fused_attention,
+        form=options.form,
     )
+
+
+def _stored(options: CoremlOptions) -> str:
+    if options.form is not None:
+        return options.form.name
+    return "fp32" if options.precision == "fp32" else "fp16"
 
 
 def _program(

@@ -39,7 +39,7 @@ __all__ = ["NodeInfo", "Quantized", "Rule", "Static", "Weight", "dense", "is_sta
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """An initializer that is read when it is asked for, and not kept; a Cast of one is a Weight of type `dtype`."""
+    """An initializer that is read when it is asked for, and not kept; a Cast or Unsqueeze of one is a Weight too."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Weight:
 
     def numpy(self) -> np.ndarray:
         """Its values; ml_dtypes for bfloat16 and the 4-bit types."""
-        return np.asarray(self.tensor.numpy()).astype(self.dtype.numpy(), copy=False)
+        return np.asarray(self.tensor.numpy()).reshape(self.shape).astype(self.dtype.numpy(), copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +211,9 @@ def _evaluate(
             return [np.array([int(d) for d in arguments[0].shape][_extent(info)], np.int64)]
         if info.op_type == "Cast" and isinstance(arguments[0], Weight):
             return [replace(arguments[0], dtype=ir.DataType(info.attributes["to"]))]
+        if info.op_type == "Unsqueeze" and isinstance(arguments[0], Weight) and is_static(arguments[1]):
+            shape = np.expand_dims(np.empty(arguments[0].shape, bool), tuple(int(v) for v in dense(arguments[1]))).shape
+            return [replace(arguments[0], shape=shape)]
         if info.op_type == "DequantizeLinear" and all(is_static(value) for value in arguments):
             return [_quantized(info, arguments)]
         if all(value is None or is_static(value) for value in arguments):

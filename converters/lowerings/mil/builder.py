@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgedit.converters.lowerings.driver import NodeInfo, Quantized, Static, Weight, dense, is_static
+from edgedit.converters.lowerings.mil.compression import SMALLEST, Palette, Scaled, WeightForm
 from edgedit.runtimes.coreml_engine import coremltools
 
 __all__ = ["FLOAT16_MAX", "MASK", "MilBuilder", "Pending", "Rule", "rules", "shape_of"]
@@ -79,6 +80,7 @@ class MilBuilder:
         store_half: keep the weights of islands as float16 all the same (`constexpr_cast` widens them when the model is
             loaded).
         fused_attention: use `scaled_dot_product_attention`; otherwise matmul, softmax, matmul.
+        form: how large weights of linear layers and convolutions are stored; None leaves them as they are.
         score_bytes: attention written out is cut along the queries when its scores would take more than this.
         norms: filled by the rules: nodes whose inner sums are in float32 while their results are not.
     """
@@ -87,6 +89,7 @@ class MilBuilder:
     islands: dict[str, str] = field(default_factory=dict)
     store_half: bool = False
     fused_attention: bool = True
+    form: WeightForm | None = None
     score_bytes: int = 256 << 20
     norms: dict[str, str] = field(default_factory=dict)
 
@@ -98,6 +101,7 @@ class MilBuilder:
         self.library, self.mb, self.types = library, Builder, types
         self._arrays: dict[tuple[str, str], np.ndarray] = {}
         self._too_large: dict[str, bool] = {}
+        self._compressed: dict[tuple[str, str], Scaled | Palette] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -195,7 +199,7 @@ class MilBuilder:
         Floats become `real`, whole numbers int32. `change` is applied to the array first and named by `form`.
         """
         owner = getattr(value, "name", None)
-        key = f"{form}:{real}"
+        key = f"{form}{shape_of(value)}:{real}"
         if owner is not None and (owner, key) in self._constants:
             return self._constants[owner, key]
         array = self.array(value, change, key)
@@ -221,6 +225,41 @@ class MilBuilder:
         if owner is not None:
             self._constants[owner, key] = result
         return result
+
+    def kernel(
+        self, value: Static, real: str, change: Callable[[np.ndarray], np.ndarray] | None = None, form: str = ""
+    ) -> Var:
+        """The weight [out, in, …] of a linear layer or a convolution, in the form that is asked for."""
+        if isinstance(value, Quantized):
+            return self.quantized(value, real, change or np.asarray, form)
+        small = int(np.prod(shape_of(value))) < SMALLEST
+        owner = getattr(value, "name", None)
+        if self.form is None or owner is None or small:
+            return self.constant(value, real, change, form)
+        key = f"{form}{shape_of(value)}:{real}:{self.form.name}"
+        if (owner, key) in self._constants:
+            return self._constants[owner, key]
+        if (owner, key) not in self._compressed:
+            array = dense(value).astype(np.float32)
+            self._compressed[owner, key] = self.form.compress(array if change is None else change(array))
+        return self._remember(owner, key, self._decompressed(self._compressed[owner, key], owner, key, real))
+
+    def _decompressed(self, weight: Scaled | Palette, owner: str, key: str, real: str) -> Var:
+        float_type = np.float16 if real == "fp16" else np.float32
+        parts: dict[str, np.ndarray]
+        if isinstance(weight, Scaled):
+            kind = self.types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
+            parts = {"data": weight.codes.astype(kind), "scale": weight.scale.astype(float_type)}
+            operator = self.mb.constexpr_blockwise_shift_scale
+        else:
+            kind = self.types.string_to_nptype(f"uint{weight.bits}")
+            parts = {"indices": weight.indices.astype(kind), "lut": weight.table.astype(float_type)}
+            operator = self.mb.constexpr_lut_to_dense
+        stored = {
+            part: self._shared(self.mb.const(val=array, name=self.name(f"{owner}_{part}")), owner, f"{key}:{part}")
+            for part, array in parts.items()
+        }
+        return operator(**stored, name=self.name(owner))
 
     def quantized(self, value: Quantized, real: str, change: Callable[[np.ndarray], np.ndarray], form: str) -> Var:
         """Codes, scales and zero points as they are, decompressed by Core ML. `change` moves axes."""

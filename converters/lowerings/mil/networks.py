@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from edgedit.converters.lowerings.driver import NodeInfo, Quantized, Static, dense, is_static
+from edgedit.converters.lowerings.driver import NodeInfo, Static, dense, is_static
 from edgedit.converters.lowerings.mil.builder import MilBuilder, Pending, rules, shape_of
 
 __all__: list[str] = []
@@ -32,9 +32,7 @@ def _linear(b: MilBuilder, node: NodeInfo, x: Any, weight: Static) -> Pending:
     real = b.real(node, weight)
 
     def matrix() -> Any:
-        if isinstance(weight, Quantized):
-            return b.quantized(weight, real, _transposed, "T")
-        return b.constant(weight, real, _transposed, "T")
+        return b.kernel(weight, real, _transposed, "T")
 
     def write() -> Any:
         return b.mb.linear(x=b.var(x, real), weight=matrix(), name=b.name(node.name))
@@ -54,11 +52,10 @@ def conv(b: MilBuilder, node: NodeInfo, x: Any, weight: Any, bias: Any = None) -
         raise ValueError("a kernel that is computed while the model runs")
     real = b.real(node, weight, bias)
     extra = {} if bias is None else {"bias": b.constant(bias, real)}
-    kernel = b.quantized(weight, real, np.asarray, "") if isinstance(weight, Quantized) else b.constant(weight, real)
     spatial = len(shape_of(x)) - 2
     return b.mb.conv(
         x=b.var(x, real),
-        weight=kernel,
+        weight=b.kernel(weight, real),
         strides=_per_axis(node, "strides", spatial),
         dilations=_per_axis(node, "dilations", spatial),
         groups=int(node.get("group", 1)),

