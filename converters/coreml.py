@@ -40,8 +40,8 @@ class CoremlOptions:
     Attributes:
         target: "iOS18" (with macOS 15) or "iOS26" (with macOS 26).
         attention: "fused" is Core ML's operator, "written" a product, a softmax and a product.
-        weights: how the transformer and the text encoder are stored: "int8", "int4" (blocks of 32 inputs; "int4-b64" has
-            64), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16" has one palette for 16 outputs). None: `dtype`.
+        weights: how the transformer and the text encoder are stored: "int8", "int4" (blocks of 32 inputs, or as in
+            "int4-b64"), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16": one for 16 outputs). None: `dtype`.
     """
 
     target: str = "iOS18"
