@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -150,11 +151,12 @@ def _artefact(written: Written) -> dict[str, Any]:
 
 
 def _functions(artefact: Artefact) -> dict[str, Any]:
-    """The fixed sizes of an artefact that has such."""
+    """The fixed sizes of an artefact that has such; reason → how many nodes of it are float32 for that reason."""
     functions = getattr(artefact, "functions", ())
     named = len(functions) > 1
     listed = [{"name": f.name if named else None, "sizes": dict(f.dims)} for f in functions]
-    return {"functions": listed} if listed else {}
+    islands = Counter(getattr(artefact, "islands", {}).values())
+    return {"functions": listed, "islands": dict(islands)} if listed else {}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

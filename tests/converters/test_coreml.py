@@ -48,6 +48,7 @@ def test_the_manifest_lists_every_size_and_says_how_the_package_agrees(bundle_pa
     assert manifest.provenance.options["coreml"] == {
         "target": "iOS18",
         "attention": "fused",
+        "weights": None,
         "sizes": [[16, 16], [24, 8]],
     }
 
@@ -115,7 +116,7 @@ def test_half_precision_without_onnx_has_a_preview_and_agrees(saved_pipeline: Sa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": ("coreml",), "sizes": [(20, 16)]}, "size 20x16: both sides must be multiples of"),
+        ({"to": ("coreml",), "sizes": [(18, 16)]}, "size 18x16: both sides must be multiples of"),
         ({"to": ("onnx",), "sizes": [(16, 16)]}, "need the target coreml"),
         ({"to": ("tpu",)}, "unknown target 'tpu'; choose from: onnx, coreml"),
         ({"to": ("coreml",), "sizes": [(16, 16)], "components": ("transformer",)}, "need the autoencoder"),
