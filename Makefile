@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square on a white background
 JOBS ?= 2
 
-.PHONY: demo test check-full bench lint format clean
+.PHONY: demo test check-full bench lint format golden clean
 
 demo: $(VENV)/.core
 	$(BIN)/edgedit generate "$(PROMPT)" --output demo.png
@@ -32,6 +32,9 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: $(VENV)/.core
+	$(BIN)/python tests/golden/make_golden.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedit needs Python 3.11 or later: make PYTHON=python3.11")'

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 from edgedit import __version__
 from edgedit.converters.checkpoint import Checkpoint
 from edgedit.converters.families import Family
 from edgedit.converters.few_steps import few_steps_of
 from edgedit.converters.graph import Component, TensorSpec
-from edgedit.converters.lowerings.onnx import OnnxArtefact
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
 from edgedit.errors import ConversionError
 from edgedit.manifest import FORMAT_VERSION
 from edgedit.schedules import own_steps, schedule_config_from_diffusers
 
-__all__ = ["Section", "describe", "guidance_of"]
+__all__ = ["Section", "Written", "describe", "guidance_of"]
+
+
+class Artefact(Protocol):
+    """What a lowering says that it wrote; paths are relative to the bundle."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def graph(self) -> str: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """One backend's form of a component, and how it agrees with the canonical graph, if that was measured."""
+
+    artefact: Artefact
+    parity: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the manifest says of one component."""
+    """What the manifest says of one component: its artefacts by backend."""
 
     component: Component
     parameters: int
-    artefact: OnnxArtefact
-    parity: Mapping[str, Any] | None
+    written: Mapping[str, Written]
 
 
 def describe(
@@ -86,24 +104,36 @@ def describe(
 
 
 def _component(section: Section) -> dict[str, Any]:
-    artefact = section.artefact
-    fused = artefact.fused_graph
     return {
         "architecture": section.component.architecture,
         "config": dict(section.component.runtime),
         "parameters": section.parameters,
         "inputs": [_tensor(spec) for spec in section.component.inputs],
         "outputs": [_tensor(spec) for spec in section.component.outputs],
-        "artefacts": {
-            "onnx": {
-                "precision": artefact.precision,
-                "graph": artefact.graph,
-                "fused_graph": None if fused is None else {"path": fused, "for": ["CPUExecutionProvider"]},
-                "files": list(artefact.files),
-                "parity": None if section.parity is None else dict(section.parity),
-            }
-        },
+        "artefacts": {backend: _artefact(written) for backend, written in section.written.items()},
     }
+
+
+def _artefact(written: Written) -> dict[str, Any]:
+    artefact = written.artefact
+    fused = getattr(artefact, "fused_graph", None)
+    return {
+        "precision": artefact.precision,
+        "graph": artefact.graph,
+        "fused_graph": None if fused is None else {"path": fused, "for": ["CPUExecutionProvider"]},
+        "files": list(artefact.files),
+        "parity": None if written.parity is None else dict(written.parity),
+        **_functions(artefact),
+    }
+
+
+def _functions(artefact: Artefact) -> dict[str, Any]:
+    """The fixed sizes of an artefact that has such; reason → how many nodes of it are float32 for that reason."""
+    functions = getattr(artefact, "functions", ())
+    named = len(functions) > 1
+    listed = [{"name": f.name if named else None, "sizes": dict(f.dims)} for f in functions]
+    islands = Counter(getattr(artefact, "islands", {}).values())
+    return {"functions": listed, "islands": dict(islands)} if listed else {}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

@@ -14,6 +14,7 @@ __all__ = [
     "Component",
     "Conditioning",
     "FileEntry",
+    "Function",
     "FusedGraph",
     "Guidance",
     "Latents",
@@ -61,14 +62,26 @@ class FusedGraph:
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """A form of a component for fixed sizes: what each named size of its inputs and outputs must be (`length`, the text
+    tokens, at most), and the name to ask the graph for, None where it has only this one."""
+
+    name: str | None
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Artefact:
-    """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs."""
+    """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs.
+
+    `functions` are the sizes that it was made for; empty for a graph that takes any."""
 
     precision: str
     graph: str
     fused_graph: FusedGraph | None
     files: tuple[str, ...]
     parity: Parity | None
+    functions: tuple[Function, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

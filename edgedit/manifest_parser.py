@@ -12,6 +12,7 @@ from edgedit.manifest import (
     Component,
     Conditioning,
     FileEntry,
+    Function,
     FusedGraph,
     Guidance,
     Latents,
@@ -128,7 +129,15 @@ def _artefact(node: JsonNode) -> Artefact:
         fused_graph=node.at("fused_graph").nullable(_fused_graph),
         files=tuple(_path(part) for part in node.at("files").elements(minimum=1)),
         parity=node.at("parity").nullable(_parity),
+        functions=tuple(_function(part) for part in node.at("functions").elements(minimum=1))
+        if "functions" in node.members()
+        else (),
     )
+
+
+def _function(node: JsonNode) -> Function:
+    sizes = node.at("sizes").items(_NAME, _NAME_WORDS)
+    return Function(node.at("name").nullable(JsonNode.text), {name: part.integer(minimum=1) for name, part in sizes})
 
 
 def _fused_graph(node: JsonNode) -> FusedGraph:

@@ -53,6 +53,9 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
             low_ram=request.low_ram or None,
             use_cache=request.use_cache,
             graph_cache=request.graph_cache,
+            interpreter=request.interpreter,
+            emulate_fp16=request.emulate_fp16,
+            compute_units=request.compute_units,
         ) as pipe:
             run = Run(request, pipe, progress, interrupt, start)
             pipe.on_stage = run.stage

@@ -45,6 +45,9 @@ def generate(
     threads: flag.Threads = None,
     low_ram: flag.LowRam = False,
     graph_cache: flag.GraphCache = False,
+    interpreter: flag.Interpreter = False,
+    emulate_fp16: flag.EmulateFp16 = False,
+    compute_units: flag.ComputeUnits = None,
     no_cache: flag.NoCache = False,
     offline: flag.Offline = False,
 ) -> None:
@@ -83,6 +86,9 @@ def generate(
         threads=threads,
         low_ram=low_ram,
         graph_cache=graph_cache,
+        interpreter=interpreter,
+        emulate_fp16=emulate_fp16,
+        compute_units=compute_units,
         use_cache=not no_cache,
         offline=offline,
     )

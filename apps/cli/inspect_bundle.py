@@ -19,6 +19,12 @@ def bundle_document(path: Path) -> dict[str, Any]:
     from edgedit.bundle import open_bundle
 
     bundle = open_bundle(path)
+    packages = {}
+    for name, component in bundle.manifest.components.items():
+        if "coreml" in component.artefacts:
+            from edgedit.runtimes.mil_report import report
+
+            packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
     size = sum(entry.size for entry in bundle.manifest.files.values())
     return {
         "kind": "bundle",
@@ -26,6 +32,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "model_hash": bundle.model_hash,
         "size": size,
         "manifest": bundle.manifest.raw,
+        "coreml": packages,
     }
 
 
@@ -66,6 +73,31 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     for name, part in manifest["components"].items():
         print_line(f"{name}: {_tensors(part['inputs'])} -> {_tensors(part['outputs'])}")
     print_facts({key: value for key, value in _settings(manifest).items() if value})
+    if document["coreml"]:
+        _print_packages(document["coreml"], manifest["components"])
+
+
+def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+    """What Core ML's packages hold, and why parts of them are float32."""
+    print_table(
+        ["Core ML package", "sizes", "operators", "fp16", "fp32", "for the Neural Engine", "axes", "weights"],
+        [
+            [
+                name,
+                ", ".join(package["functions"]),
+                str(sum(package["operators"].values())),
+                str(package["types"].get("fp16", 0)),
+                str(package["types"].get("fp32", 0)),
+                str(package["units"]["Neural Engine, GPU or CPU"]),
+                str(package["largest_rank"]),
+                ", ".join(f"{kind} {megabytes(size)}" for kind, size in package["weights"].items()),
+            ]
+            for name, package in packages.items()
+        ],
+    )
+    for name in packages:
+        for reason, nodes in components[name]["artefacts"]["coreml"].get("islands", {}).items():
+            print_line(f"{name}: {nodes} nodes in float32: {reason}")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:

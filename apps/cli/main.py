@@ -19,6 +19,7 @@ from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
 from edgedit.apps.cli.distill import distill
 from edgedit.apps.cli.eval import eval_model
+from edgedit.apps.cli.export_app import export_app
 from edgedit.apps.cli.generate import generate
 from edgedit.apps.cli.inspect import inspect
 from edgedit.apps.cli.linearize import linearize
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, verify, bench, models, linearize, distill):
+for command in (generate, convert, inspect, verify, bench, models, linearize, distill, export_app):
     app.command(no_args_is_help=False)(command)
 app.command("eval", no_args_is_help=False)(eval_model)
 

@@ -54,6 +54,9 @@ class Request:
     threads: int | None = None
     low_ram: bool = False
     graph_cache: bool = False
+    interpreter: bool = False
+    emulate_fp16: bool = False
+    compute_units: str | None = None
     use_cache: bool = True
     offline: bool = False
     model_hash: str | None = None
