@@ -171,7 +171,8 @@ def convert(
     guidance_of(checkpoint, family, {job.name: job.component.runtime for job in jobs})
     tokenizer = _tokenizer(checkpoint, jobs)
     notes = [*checkpoint.notes]
-    options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": [job.name for job in jobs], "variant": variant}
+    names = [job.name for job in jobs]
+    options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
     plan = None
     if "coreml" in to:
         plan = plan_coreml(checkpoint, family, {job.name: job.component for job in jobs}, tokenizer, sizes, coreml)

@@ -150,6 +150,6 @@ def plan_coreml(
         prompt = prompt_recipe(tokenizer, max_length=max_length, instruction=family.template.instruction)
     runtime = {name: component.runtime for name, component in components.items()}
     wanted = sizes
-    if wanted is None and (listed := own.get("recommended", {}).get("sizes")):
+    if wanted is None and (listed := checkpoint.own.recommended.get("sizes")):
         wanted = [(int(width), int(height)) for width, height in listed]
     return CoremlPlan(fixed_sizes(wanted, runtime, prompt, max_length=max_length), options or CoremlOptions())
