@@ -1,0 +1,195 @@
+"""`edgedit batch`: job file → pictures, and what can be asked of a batch."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+__all__ = ["app"]
+
+WORK, MACHINE, REPORT = "Work", "Machine", "Report"
+
+
+class _RunByDefault(TyperGroup):
+    """`edgedit batch JOBS …` is `edgedit batch run JOBS …`; the name of the command may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    help="Draw the pictures of a job file, any number of them, and never lose a finished one.",
+    epilog="edgedit batch jobs.jsonl -o pictures draws; started again it goes on where it stopped.",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a batch.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", "-w", metavar="N", min=1, help="Processes.", show_default="what fits", rich_help_panel=MACHINE
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What all workers may take, as 8G.",
+        show_default="80 % of what is free",
+        rich_help_panel=MACHINE,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=1, help="Pictures denoised together.", rich_help_panel=MACHINE),
+]
+Retries = Annotated[
+    int,
+    typer.Option("--retry", metavar="N", min=0, help="Further attempts at a picture that fails.", rich_help_panel=WORK),
+]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.", rich_help_panel=WORK)]
+Timeout = Annotated[
+    float | None, typer.Option(metavar="S", min=0.001, help="Seconds that a picture may take.", rich_help_panel=WORK)
+]
+Join = Annotated[
+    bool, typer.Option("--join", help="Work beside another process on the same folder.", rich_help_panel=WORK)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel=REPORT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.", rich_help_panel=REPORT)]
+
+
+@app.command(hidden=True)
+def run(
+    jobs: Annotated[
+        Path,
+        typer.Argument(metavar="JOBS", help="JSONL, CSV, Parquet or text with one job a line; - for standard input."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for pictures and ledger.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="BUNDLE", help="As for generate.", show_default="builtin"),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Names, with {id} {index:06d} {seed} {prompt_hash} {folder}.",
+            show_default="{folder}/{id}.png",
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    jobs_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="jsonl, csv, parquet or text.", show_default="by suffix", rich_help_panel=WORK
+        ),
+    ] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out lines with mistakes.", rich_help_panel=WORK)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the jobs and make the ledger; draw nothing.", rich_help_panel=WORK)
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only part I of N of the jobs, from 1/N.", rich_help_panel=WORK)
+    ] = None,
+    retries: Retries = 1,
+    fail_fast: FailFast = False,
+    timeout: Timeout = None,
+    join: Join = False,
+    workers: Workers = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            "-t",
+            metavar="N",
+            min=1,
+            help="Threads of each worker.",
+            rich_help_panel=MACHINE,
+            show_default="cores / workers",
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    low_ram: Annotated[
+        bool | None,
+        typer.Option(
+            "--low-ram/--no-low-ram",
+            help="One component in memory at a time.",
+            show_default="when memory is short",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto or onnx.", rich_help_panel=MACHINE)] = "auto",
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider", metavar="NAME", help="As for generate.", show_default="cpu", rich_help_panel=MACHINE
+        ),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network, for a Hub id neither.", rich_help_panel=MACHINE)
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the pictures of a job file.
+
+    A job is a JSON object a line with any field of `generate`: prompt, negative_prompt, seed or seeds, width, height or size, steps,
+    guidance_scale, sampler, image, strength …, and id and metadata. All of it is checked before the first picture is drawn.
+    """
+    from edgedit.apps.batch.planning import Shard
+    from edgedit.apps.batch.resources import parse_memory
+    from edgedit.apps.batch.run import BatchRequest
+    from edgedit.apps.cli.bundles import find_bundle
+
+    request = BatchRequest(
+        root=output,
+        jobs=jobs,
+        bundle=None if model is None else find_bundle(model, offline=offline),
+        jobs_format=jobs_format,
+        name=name,
+        skip_invalid=skip_invalid,
+        shard=None if shard is None else Shard.parse(shard),
+        join=join,
+        workers=workers,
+        threads=threads,
+        memory=parse_memory(memory),
+        low_ram=low_ram,
+        batch=batch_size,
+        backend=backend,
+        providers=tuple(provider or ()),
+        retries=retries,
+        fail_fast=fail_fast,
+        timeout=timeout,
+        dry_run=dry_run,
+    )
+    _run(request, as_json=as_json, quiet=quiet)
+
+
+def _run(request: Any, *, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    from edgedit.apps.batch.reporter import make_reporter
+    from edgedit.apps.batch.run import run_batch
+    from edgedit.apps.cli.interrupt import Interrupt
+
+    reporter = make_reporter(quiet=quiet, events=as_json)
+    with Interrupt("the pictures under way", signals=(signal.SIGINT, signal.SIGTERM)) as interrupt:
+        summary = run_batch(request, reporter, stop=lambda: interrupt.requested)
+        if not reporter.total:
+            reporter.total, reporter.done, reporter.failed = summary.total, summary.done, summary.failed
+        reporter.end({**asdict(summary), "left": summary.left})
+        if interrupt.requested:
+            raise KeyboardInterrupt
+    if summary.failed:
+        raise typer.Exit(1)
