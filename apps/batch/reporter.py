@@ -87,10 +87,11 @@ class Reporter:
         return ", ".join(words)
 
 
+@dataclass
 class LineReporter(Reporter):
     """Lines on stderr: failures, and every few seconds where the run stands."""
 
-    _spoke: float = 0.0
+    _spoke: float = field(default_factory=time.monotonic)
     _failures: int = 0
 
     def reading(self, line: int) -> None:
@@ -123,6 +124,7 @@ class LineReporter(Reporter):
         self.say(f"{summary['drawn']:,} drawn in {_duration(summary['seconds'])}: {self.line()}")
 
 
+@dataclass
 class BarReporter(LineReporter):
     """One bar on a terminal, with rate, time left, failures and the picture under way."""
 
@@ -175,6 +177,7 @@ class BarReporter(LineReporter):
             self._bar.update(self._task, completed=self.done + self.failed, status=status)
 
 
+@dataclass
 class EventReporter(Reporter):
     """One JSON object a line on stdout."""
 

@@ -76,7 +76,7 @@ def share_machine(
     room = cores if budget is None else budget // need
     if room < 1 and memory is not None:
         raise InputError(
-            f"--memory {memory / 1e9:.1f} GB is too little for this model and size, which take about {need / 1e9:.1f} GB"
+            f"--memory of {memory / 1e9:.1f} GB is too little: this model and size take about {need / 1e9:.1f} GB"
         )
     if workers is None:
         workers = max(1, min(room, cores // threads if threads else cores))

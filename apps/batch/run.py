@@ -112,8 +112,7 @@ def run_batch(request: BatchRequest, reporter: Reporter, *, stop: Callable[[], b
         bundle = _bundle_of(ledger, request)
         bundle.verify()
         drawn, stopped = _draw(request, ledger, bundle, reporter, stop)
-        summary = _summary(ledger, drawn, started, stopped=stopped)
-    return summary
+        return _summary(ledger, drawn, started, stopped=stopped)
 
 
 def _summary(ledger: Ledger, drawn: int, started: float, *, stopped: bool) -> Summary:
@@ -276,7 +275,8 @@ def _check_model(ledger: Ledger, bundle: Bundle) -> None:
     if bundle.model_hash != ledger.meta["model_hash"]:
         raise InputError(
             f"{bundle.path}: is not the model that this batch was begun with ({ledger.meta['model']}, hash "
-            f"{ledger.meta['model_hash'][:10]}, not {bundle.model_hash[:10]}); put that back, or choose another output folder"
+            f"{ledger.meta['model_hash'][:10]}, not {bundle.model_hash[:10]}); put that back, "
+            "or choose another output folder"
         )
 
 

@@ -55,7 +55,10 @@ class Store:
             raise InputError(f"{target}: cannot be written ({error.strerror}); {_advice(error)}") from error
 
     def save_latents(self, key: str, latents: np.ndarray) -> None:
-        """Keep latents [1, C, H, W] until the picture is recorded. Not synced: they only save work. Raises InputError."""
+        """Keep latents [1, C, H, W] until the picture is recorded. Raises InputError.
+
+        They are not synced, as they only save work.
+        """
         buffer = BytesIO()
         np.save(buffer, latents, allow_pickle=False)
         data = buffer.getvalue()

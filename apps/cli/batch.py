@@ -144,8 +144,9 @@ def run(
 ) -> None:
     """Draw the pictures of a job file.
 
-    A job is a JSON object a line with any field of `generate`: prompt, negative_prompt, seed or seeds, width, height or size, steps,
-    guidance_scale, sampler, image, strength …, and id and metadata. All of it is checked before the first picture is drawn.
+    A job is a JSON object a line with any field of `generate`: prompt, negative_prompt, seed or seeds, width, height
+    or size, steps, guidance_scale, sampler, image, strength …, and id and metadata. All of it is checked before the
+    first picture is drawn.
     """
     from edgedit.apps.batch.planning import Shard
     from edgedit.apps.batch.resources import parse_memory
