@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgedit.apps.batch.index import entry_of
 from edgedit.apps.batch.ledger import Ledger, Picture
 from edgedit.apps.batch.owners import Owner
 from edgedit.apps.batch.pool import Message, Pool
@@ -283,19 +284,13 @@ class Coordinator:
         if "data" in facts:
             self.store.save(picture.path, facts["data"])
         self.ledger.check_place()
-        recipe = facts["recipe"]
-        entry = {
-            "id": picture.id,
-            "index": picture.index,
-            "line": picture.line,
-            "path": picture.path,
-            "sha256": facts["sha256"],
-            "bytes": facts["size"],
-            "seed": picture.seed,
-            "seconds": facts["seconds"],
-            "recipe": recipe,
-            "metadata": picture.spec.get("metadata"),
-        }
+        entry = entry_of(
+            picture,
+            sha256=facts["sha256"],
+            size=facts["size"],
+            seconds=facts["seconds"],
+            recipe=facts["recipe"],
+        )
         if picture.spec["prompt"] in self.cut:
             entry["cut"] = self.cut[picture.spec["prompt"]]
         if self.ledger.record_done(

@@ -28,6 +28,7 @@ __all__ = [
     "create",
     "insert_jobs",
     "ledger_errors",
+    "write_ledger",
 ]
 
 VERSION = 1
@@ -141,6 +142,24 @@ def create(
 
     Raises InputError when the disk is full or the folder cannot be written.
     """
+    mistakes: list[Mistake] = []
+
+    def fill(connection: sqlite3.Connection) -> bool:
+        counts, found = insert_jobs(connection, plan, keep=not skip_invalid, on_line=on_line)
+        mistakes.extend(found)
+        for key, value in {**meta, **counts}.items():
+            connection.execute("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+        return skip_invalid or not found
+
+    write_ledger(path, fill)
+    return mistakes
+
+
+def write_ledger(path: Path, fill: Callable[[sqlite3.Connection], bool]) -> None:
+    """Make an empty ledger, let `fill` fill it, and publish it, unless `fill` says no.
+
+    Raises InputError when the disk is full or the folder cannot be written; nothing is left then.
+    """
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with ledger_errors(path):
@@ -152,17 +171,13 @@ def create(
                 connection.execute(f"PRAGMA user_version = {VERSION}")
                 connection.executescript(_SCHEMA)
                 connection.execute("BEGIN")
-                counts, mistakes = insert_jobs(connection, plan, keep=not skip_invalid, on_line=on_line)
-                if mistakes and not skip_invalid:
-                    return mistakes
-                for key, value in {**meta, **counts}.items():
-                    connection.execute("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+                if not fill(connection):
+                    return
                 connection.execute("COMMIT")
                 connection.executescript(_INDEXES)
             finally:
                 connection.close()
             _publish(partial, path)
-        return mistakes
     except OSError as error:
         raise InputError(
             f"{path}: the ledger cannot be written ({error.strerror}); check the folder and the disk"

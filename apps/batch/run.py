@@ -13,6 +13,7 @@ from typing import Any
 
 from edgedit.apps.batch.coordinator import Coordinator, RunOptions
 from edgedit.apps.batch.growth import grow
+from edgedit.apps.batch.index import index_is_whole, rebuild_index
 from edgedit.apps.batch.job_files import kind_of
 from edgedit.apps.batch.jobs import MISTAKE_LIMIT, Mistake
 from edgedit.apps.batch.ledger import Ledger
@@ -314,7 +315,10 @@ def _draw(
         alone = next(ledger.rows("SELECT count(*) FROM owners"))[0] == 1
         if alone:
             Store(ledger.places).sweep()
-            ledger.trim_index()
+            if index_is_whole(ledger):
+                ledger.trim_index()
+            else:
+                rebuild_index(ledger, bundle)
         pixels, tokens = _largest(ledger, bundle)
         batch = request.batch or (2 if tokens <= SMALL_PICTURE and request.timeout is None else 1)
         share = share_machine(

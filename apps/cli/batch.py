@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from edgedit.errors import InputError
+
 __all__ = ["app"]
 
 WORK, MACHINE, REPORT = "Work", "Machine", "Report"
@@ -194,3 +196,159 @@ def _run(request: Any, *, as_json: bool, quiet: bool) -> None:
             raise KeyboardInterrupt
     if summary.failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Say how far a batch is, what failed and why."""
+    from edgedit.apps.batch.status import describe_batch
+    from edgedit.apps.cli.tables import megabytes, print_facts, print_json, print_line
+
+    with _ledger(folder) as ledger:
+        facts = describe_batch(ledger)
+    if as_json:
+        print_json(facts)
+        return
+    states = ("done", "failed", "running", "pending")
+    print_facts(
+        {
+            "batch": facts["folder"],
+            "shard": facts["shard"],
+            "model": f"{facts['model']} ({facts['model_hash'][:10]})",
+            "jobs": f"{facts['jobs']:,} from {facts['jobs_file']}",
+            "pictures": f"{facts['pictures']:,}: " + ", ".join(f"{facts[name]:,} {name}" for name in states),
+            "size": megabytes(facts["bytes"]),
+            "at work": ", ".join(f"process {o['process']} on {o['host']}" for o in facts["at_work"]) or None,
+        }
+    )
+    for error in facts["errors"]:
+        print_line(f"failed {error['pictures']:,} times: {error['error']}")
+    if facts["lines_left_out"]:
+        print_line(f"{facts['lines_left_out']:,} lines of the job file were left out:")
+    for mistake in facts["mistakes"]:
+        print_line(
+            f"  line {mistake['line']}: {mistake['field'] + ': ' if mistake['field'] else ''}{mistake['reason']}"
+        )
+
+
+@app.command()
+def retry(
+    folder: Folder,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="BUNDLE", help="Where the model is now.", show_default="where it was"),
+    ] = None,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Draw finished pictures again that are missing or have changed.")
+    ] = False,
+    retries: Retries = 1,
+    fail_fast: FailFast = False,
+    timeout: Timeout = None,
+    workers: Workers = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw what failed again, and whatever is left to draw."""
+    from edgedit.apps.batch.checking import check_batch
+    from edgedit.apps.batch.owners import Owner
+    from edgedit.apps.batch.resources import parse_memory
+    from edgedit.apps.batch.run import BatchRequest
+    from edgedit.apps.cli.bundles import find_bundle
+
+    bundle = None if model is None else find_bundle(model)
+    with _ledger(folder) as ledger:
+        owner = Owner(ledger, join=False)
+        try:
+            ledger.retry()
+            if damaged:
+                ledger.retry(list(check_batch(ledger).damaged))
+        finally:
+            owner.leave()
+    request = BatchRequest(
+        root=folder,
+        bundle=bundle,
+        retries=retries,
+        fail_fast=fail_fast,
+        timeout=timeout,
+        workers=workers,
+        batch=batch_size,
+        memory=parse_memory(memory),
+    )
+    _run(request, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The sheet.", show_default="DIR/report.html")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Pictures shown.", show_default="2000")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every picture with the ledger instead; status 1 if any differs.")
+    ] = False,
+    parquet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the index as Parquet instead.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a contact sheet (HTML) of a batch, or check it."""
+    from edgedit.apps.cli.tables import print_json, print_line
+
+    if verify + (parquet is not None) + (output is not None) > 1:
+        raise InputError("give one of --output, --verify and --parquet")
+    with _ledger(folder) as ledger:
+        if verify:
+            from edgedit.apps.batch.checking import check_batch
+
+            found = check_batch(ledger)
+            if as_json:
+                print_json({"checked": found.checked, "problems": found.problems})
+            else:
+                for problem in found.problems:
+                    print_line(problem)
+                print_line(f"{found.checked:,} pictures checked, {len(found.problems):,} problems")
+            if found.problems:
+                raise typer.Exit(1)
+        elif parquet is not None:
+            from edgedit.apps.batch.index import write_parquet
+
+            rows = write_parquet(ledger.places.index, parquet)
+            print_json({"path": str(parquet), "rows": rows}) if as_json else print_line(f"{parquet}: {rows:,} rows")
+        else:
+            from edgedit.apps.batch.report import LARGEST_SHEET, write_report
+
+            target = output or folder / "report.html"
+            shown = write_report(ledger, target, limit=limit or LARGEST_SHEET)
+            print_json({"path": str(target), "shown": shown}) if as_json else print_line(str(target))
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The merged batch, a new folder.")],
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Output folders of all shards.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make one batch of the shards that several machines drew."""
+    from edgedit.apps.batch.merging import merge_shards
+    from edgedit.apps.cli.tables import print_json, print_line
+
+    finished, lost = merge_shards(folder, shards)
+    if as_json:
+        print_json({"path": str(folder), "finished": finished, "lost": lost})
+        return
+    for line in lost:
+        print_line(f"{line}; it is pending in {folder}")
+    print_line(f"{folder}: {finished:,} pictures")
+
+
+def _ledger(folder: Path) -> Any:
+    from edgedit.apps.batch.ledger import Ledger
+    from edgedit.apps.batch.places import Places
+
+    places = Places(folder)
+    if not places.ledger.exists():
+        raise InputError(f"{folder}: holds no batch; begin one with: edgedit batch JOBS -o {folder}")
+    return Ledger(places)
