@@ -339,10 +339,12 @@ class Coordinator:
         others = [picture for picture in begun if picture.index not in hand.timed_out]
         if late:
             self._waiting += others
-        elif len(others) == 1:
-            self._count_failure(others[0], how)
-        elif others:
-            self._suspect(others)
+            others = []
+        # The machine may be to blame, or a picture drawn beside this one. Only who was alone, and suspect before, is.
+        for picture in others:
+            if picture.index in self._suspects:
+                self._count_failure(picture, how)
+        self._suspect([picture for picture in others if picture.index not in self._suspects])
         self._waiting += rest
         if not hand.spoke:
             self._stillborn += 1

@@ -143,7 +143,9 @@ class Studio:
             return
         memory = isinstance(error, MemoryError) or "out of memory" in str(error)
         text = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, EdgeditError):
+        if isinstance(error, MemoryError):
+            text = f"out of memory: {text}"
+        elif not isinstance(error, EdgeditError):
             text = f"{type(error).__name__}: {text}"
         self.told("failed", {"indices": [p.index for p in pictures], "error": text, "memory": memory})
 

@@ -14,7 +14,7 @@ from typing import Any
 from edgedit.apps.batch.places import Places
 from edgedit.errors import EdgeditError
 
-__all__ = ["WorkerSettings", "identity_of", "open_pipeline", "run_worker"]
+__all__ = ["LocalSink", "WorkerSettings", "identity_of", "open_pipeline", "run_worker"]
 
 #: Bytes of encoded prompts that are kept on disk.
 EMBEDDINGS_LIMIT = 8 << 30
@@ -66,7 +66,7 @@ def open_pipeline(settings: WorkerSettings, embeddings: Path) -> Any:
     return pipe
 
 
-class _LocalSink:
+class LocalSink:
     """Writes to the output folder of this machine."""
 
     def __init__(self, root: Path) -> None:
@@ -125,7 +125,7 @@ def run_worker(connection: Connection, settings: WorkerSettings) -> None:
         runtime = dict(pipe.runtime.describe())
         studio = Studio(
             pipe,
-            _LocalSink(settings.root),
+            LocalSink(settings.root),
             told,
             identity=identity_of(settings, runtime),
             overlap=not settings.low_ram,

@@ -107,6 +107,18 @@ def run(
     fail_fast: FailFast = False,
     timeout: Timeout = None,
     join: Join = False,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="local, or ray for a Ray cluster.", rich_help_panel=MACHINE)
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="The Ray cluster.",
+            show_default="RAY_ADDRESS, or a new one here",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     workers: Workers = None,
     threads: Annotated[
         int | None,
@@ -176,7 +188,28 @@ def run(
         timeout=timeout,
         dry_run=dry_run,
     )
+    if engine == "ray":
+        request = _on_ray(request, address)
+    elif engine != "local":
+        raise InputError(f"--engine {engine!r} is unknown; choose local or ray")
+    elif address is not None:
+        raise InputError("--address is that of a Ray cluster; add --engine ray, or leave it out")
     _run(request, as_json=as_json, quiet=quiet)
+
+
+def _on_ray(request: Any, address: str | None) -> Any:
+    """The request with its workers on a cluster: one a processor, unless it says otherwise."""
+    from dataclasses import replace
+
+    from edgedit.apps.batch.ray_pool import RayPool, cluster_cores, connect
+
+    if request.memory is not None:
+        raise InputError("--memory is for workers on this machine; leave it out with --engine ray")
+    connect(address)
+    threads = request.threads or 1
+    workers = request.workers or max(1, cluster_cores() // threads)
+    low_ram = bool(request.low_ram)
+    return replace(request, workers=workers, threads=threads, low_ram=low_ram, make_pool=RayPool)
 
 
 def _run(request: Any, *, as_json: bool, quiet: bool) -> None:
