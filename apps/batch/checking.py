@@ -79,10 +79,10 @@ def _look_around(ledger: Ledger, found: Agreement) -> None:
                 found.strangers.append(path)
     left = [*places.partial.glob("*"), *places.inside.glob("ledger.sqlite.partial-*"), *places.latents.glob("*")]
     busy = {f"{index}" for (index,) in ledger.rows("SELECT idx FROM pictures WHERE state != 2")}
-    for path in left:
+    for file in left:
         # Latents of a picture that is not finished are kept for its next attempt.
-        if path.parent != places.latents or path.name.partition("-")[0] not in busy:
-            found.leftovers.append(path.relative_to(places.root).as_posix())
+        if file.parent != places.latents or file.name.partition("-")[0] not in busy:
+            found.leftovers.append(file.relative_to(places.root).as_posix())
 
 
 def _read_index(ledger: Ledger, hashes: dict[int, str], found: Agreement) -> None:

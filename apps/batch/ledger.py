@@ -131,6 +131,11 @@ class Ledger:
         """Whether a picture is being drawn, by whomever."""
         return next(self.rows("SELECT 1 FROM pictures WHERE state = 1 LIMIT 1"), None) is not None
 
+    def is_finished(self, index: int) -> bool:
+        """Whether picture `index` is drawn and recorded, or no picture at all."""
+        row = next(self.rows("SELECT state FROM pictures WHERE idx = ?", index), None)
+        return row is None or row[0] == DONE
+
     def claim(self, owner: int, count: int) -> list[Picture]:
         """Take up to `count` pending pictures, those of one group together, retried ones last."""
         with self.change() as db:

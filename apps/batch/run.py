@@ -314,7 +314,7 @@ def _draw(
     try:
         alone = next(ledger.rows("SELECT count(*) FROM owners"))[0] == 1
         if alone:
-            Store(ledger.places).sweep()
+            Store(ledger.places).sweep(ledger.is_finished)
             if index_is_whole(ledger):
                 ledger.trim_index()
             else:
@@ -360,7 +360,7 @@ def _draw(
         finally:
             pool.kill_all()
             if alone:
-                Store(ledger.places).sweep()
+                Store(ledger.places).sweep(ledger.is_finished)
         if coordinator.cut:
             reporter.warn(f"{len(coordinator.cut)} prompts were too long for the model and cut; index.jsonl says where")
         return reporter.drawn, coordinator.stopped

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -90,9 +91,16 @@ class Store:
     def _latents(self, key: str) -> Path:
         return self.places.latents / f"{key}.npy"
 
-    def sweep(self) -> None:
-        """Remove temporary files that killed processes left. Only when no other process is at work here."""
+    def sweep(self, is_finished: Callable[[int], bool]) -> None:
+        """Remove what killed processes left: temporary files, and latents of pictures that are finished.
+
+        Only when no other process is at work here.
+        """
         try:
+            for path in self.places.latents.iterdir():
+                index = path.name.partition("-")[0]
+                if not index.isdecimal() or is_finished(int(index)):
+                    path.unlink(missing_ok=True)
             for path in self.places.partial.iterdir():
                 path.unlink(missing_ok=True)
             for path in self.places.inside.glob("ledger.sqlite.partial-*"):

@@ -159,7 +159,8 @@ class Studio:
 
     def _denoise(self, pictures: Sequence[Picture]) -> list[_Drawn]:
         self.told("start", {"indices": [p.index for p in pictures]})
-        todo, drawn = [], []
+        todo: list[_Drawn] = []
+        drawn: list[_Drawn] = []
         for picture in pictures:
             recipe, facts = self.book.recipe(picture.spec), _facts(picture.spec)
             key = latents_key(picture, self.identity, facts)

@@ -60,7 +60,7 @@ def test_a_full_disk_stops_the_run_and_costs_no_picture(
         full = True
 
     monkeypatch.setattr(os, "fsync", limited)
-    with pytest.raises(InputError, match="No space left on device.*free some room and start again"):
+    with pytest.raises(InputError, match=r"No space left on device.*free some room and start again"):
         draw_batch(jobs, reporter=Acting(fill), batch=1)
     full = False
     with open_ledger() as ledger:

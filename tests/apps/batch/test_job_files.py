@@ -185,8 +185,11 @@ def test_shards_share_the_jobs_out_and_keep_their_numbers(write_jobs: Write, bun
 
 @pytest.mark.parametrize(
     "template",
-    ["../{id}.png", "/tmp/{id}.png", "a/../{id}.png", ".{id}.png", "a//{id}.png", "{id}", "{id}.gif", "{nothing}.png"]
-    + ["{id!r}.png", "{id:>9}.png", "{", "a\\{id}.png", "c:{id}.png", "{id.__class__}.png", "{index:099999d}.png"],
+    [
+        *("../{id}.png", "/tmp/{id}.png", "a/../{id}.png", ".{id}.png", "a//{id}.png", "{id}", "{id}.gif"),
+        *("{nothing}.png", "{id!r}.png", "{id:>9}.png", "{", "a\\{id}.png", "c:{id}.png", "{id.__class__}.png"),
+        "{index:099999d}.png",
+    ],
 )
 def test_a_name_that_leaves_the_folder_or_means_nothing_is_refused(template: str) -> None:
     with pytest.raises(InputError, match="--name"):
