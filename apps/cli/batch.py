@@ -29,7 +29,7 @@ class _RunByDefault(TyperGroup):
 app = typer.Typer(
     cls=_RunByDefault,
     help="Draw the pictures of a job file, any number of them, and never lose a finished one.",
-    epilog="edgedit batch jobs.jsonl -o pictures draws; started again it goes on where it stopped.",
+    epilog="To draw: edgedit batch jobs.jsonl -o pictures. Its options: edgedit batch run --help.",
     no_args_is_help=True,
 )
 
