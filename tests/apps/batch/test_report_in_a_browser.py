@@ -23,7 +23,7 @@ pytestmark = [
 def test_the_sheet_shows_and_filters_pictures_and_runs_nothing_of_a_prompt(
     write_jobs: Callable[..., Path],
     draw_batch: Callable[..., Summary],
-    open_ledger: Callable[..., object],
+    open_ledger: Callable[..., Ledger],
     tmp_path: Path,
 ) -> None:
     jobs = [
