@@ -114,7 +114,7 @@ def test_status_report_and_retry_say_what_failed(write_jobs: Write, draw_batch: 
     items = {item["id"]: item for item in json.loads(data)}
     assert items["bad"]["prompt"] == "a </script><b>cat"
     assert items["good"]["thumb"].startswith("data:image/webp;base64,")
-    assert items["good"]["href"] == "0000/good.png"
+    assert items["good"]["href"] == "./0000/good.png"
     verified = cli("batch", "report", "out", "--verify")
     assert (verified.status, verified.lines) == (0, ["1 pictures checked, 0 problems"])
     Path("out/0000/good.png").write_bytes(b"x")
