@@ -6,7 +6,19 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["available_memory", "cache_dir", "peak_memory"]
+__all__ = ["available_cores", "available_memory", "cache_dir", "peak_memory"]
+
+
+def available_cores() -> int:
+    """Processors that this process may use, at least 1; the quota of a container's control group counts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
 
 
 def available_memory() -> int | None:

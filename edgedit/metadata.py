@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from edgedit.errors import InputError
 from edgedit.files import atomic_write_bytes
 
-__all__ = ["FORMATS", "parameters_text", "read_recipe", "save_image"]
+__all__ = ["FORMATS", "encode_image", "parameters_text", "read_recipe", "save_image"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -42,13 +42,20 @@ _PARAMETERS = {
 def save_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object] | None) -> None:
     """Writes `image` to `path` whole or not at all; the suffix (.png, .jpg, .jpeg, .webp) says in which format.
 
-    JPEG is written at quality 95 without chroma subsampling, WebP without loss.
-
     Args:
         recipe: what drew the picture, anything that JSON can hold; None leaves the metadata out.
 
     Raises:
         InputError: another suffix, a place that cannot be written, or a recipe too long for JPEG.
+    """
+    atomic_write_bytes(path, encode_image(image, path, recipe))
+
+
+def encode_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object] | None) -> bytes:
+    """The bytes that `save_image` writes to `path`, which is only named here.
+
+    JPEG is written at quality 95 without chroma subsampling, WebP without loss. Raises InputError for another suffix
+    and for a recipe too long for JPEG.
     """
     path = Path(path)
     kind = FORMATS.get(path.suffix.lower())
@@ -70,7 +77,7 @@ def save_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object
         image.save(buffer, "WEBP", lossless=True, exif=_exif(recipe))
     else:
         raise InputError(f"{path}: pictures are saved as {', '.join(FORMATS)}; give one of these suffixes")
-    atomic_write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from edgedit import __version__
+from edgedit.apps.cli.batch import app as batch
 from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
 from edgedit.apps.cli.distill import distill
@@ -42,6 +43,7 @@ app = typer.Typer(
 for command in (generate, convert, inspect, verify, bench, models, linearize, distill, export_app):
     app.command(no_args_is_help=False)(command)
 app.command("eval", no_args_is_help=False)(eval_model)
+app.add_typer(batch, name="batch")
 
 
 def _print_version(value: bool) -> None:
@@ -142,4 +144,5 @@ def _command(arguments: Sequence[str]) -> str:
     names = {
         command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands
     }
+    names |= {group.name or "" for group in app.registered_groups}
     return next((f"{word} " for word in arguments[:1] if word in names), "")
