@@ -19,6 +19,7 @@ from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Section, describe
 from edgedit.converters.measure import fit_preview, measure_onnx
+from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
 
@@ -148,6 +149,9 @@ def convert(
             artefact = onnx_lowering.write(
                 job.model, writer.root, job.name, dtype=dtype, on_tensor=_counter(job.name, on_progress)
             )
+            if job.name in TILED:
+                stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
+                artefact = write_pieces(writer.root, job.name, artefact, stride)
             job.size = sum((writer.root / path).stat().st_size for path in artefact.files)
             small = 4 * job.parameters < MEASURE_BELOW
             if measure or (measure is None and small):

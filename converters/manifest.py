@@ -122,6 +122,7 @@ def _component(section: Section) -> dict[str, Any]:
                 "precision": artefact.precision,
                 "graph": artefact.graph,
                 "fused_graph": None if fused is None else {"path": fused, "for": ["CPUExecutionProvider"]},
+                "tiles": artefact.tiles,
                 "files": list(artefact.files),
                 "parity": None if section.parity is None else dict(section.parity),
             }

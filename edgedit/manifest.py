@@ -62,13 +62,17 @@ class FusedGraph:
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs."""
+    """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs.
+
+    `tiles` is the plan (JSON) by which a picture's tiles are computed, None where the component only runs whole.
+    """
 
     precision: str
     graph: str
     fused_graph: FusedGraph | None
     files: tuple[str, ...]
     parity: Parity | None
+    tiles: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
