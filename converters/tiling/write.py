@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,15 @@ class _Writer:
             layout = self.result.layouts[value]
             scale = [layout.scale.numerator, layout.scale.denominator]
             values[value.name] = {"kind": layout.kind.value, "channels": layout.channels, "scale": scale}
-        return {"input": graph.inputs[0].name, "output": graph.outputs[0].name, "values": values, "steps": steps}
+        whole = cost_of(list(graph), graph.outputs, self.result.layouts, Fraction(1))
+        weights = sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
+        return {
+            "input": graph.inputs[0].name,
+            "output": graph.outputs[0].name,
+            "whole": {"flops": round(whole.flops), "workspace": round(whole.workspace), "weights": weights},
+            "values": values,
+            "steps": steps,
+        }
 
     def _names(self, values: tuple[ir.Value, ...]) -> list[str | None]:
         placed = [v for v in values if self.result.layouts[v].kind in (Kind.MAP, Kind.TOKENS)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +36,22 @@ class GroupMoments:
         self._mean += shift * (count / total)
         self._squares += squares + shift**2 * (self._count * count / total)
         self._count = total
+
+    def extrapolated(self, others: Sequence[GroupMoments], weights: Sequence[float]) -> GroupMoments:
+        """Moments whose mean and mean square are the weighted sums of those of `others`.
+
+        Where a variance came out below half of this one's own, which extrapolation cannot mean, this one's is kept.
+        """
+        mean = sum((w * o._mean for w, o in zip(weights, others, strict=True)), np.zeros(self._groups))
+        own = self._squares / self._count
+        square = sum(
+            (w * (o._squares / o._count + o._mean**2) for w, o in zip(weights, others, strict=True)),
+            np.zeros(self._groups),
+        )
+        variance = square - mean**2
+        made = GroupMoments(self._groups)
+        made._count, made._mean, made._squares = 1, mean, np.where(variance > own / 2, variance, own)
+        return made
 
     def result(self, channels: int, epsilon: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """(mean, 1 / sqrt(variance + epsilon)), each float32 [channels, 1, 1]."""

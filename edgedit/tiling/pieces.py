@@ -16,7 +16,7 @@ from typing import Any
 
 from edgedit.errors import BundleError
 
-__all__ = ["Attend", "Gather", "Local", "Moments", "Pieces", "Reduction", "Stage", "Sums", "Value", "read_pieces"]
+__all__ = ["Attend", "Gather", "Local", "Moments", "Pieces", "Reduction", "Stage", "Sums", "Value", "Whole", "read_pieces"]
 
 PLAN_VERSION = 1
 
@@ -111,6 +111,15 @@ Reduction = Moments | Sums | Gather
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The component run in one: flops and workspace (bytes) a pixel of its input, and bytes of its weights."""
+
+    flops: float
+    workspace: float
+    weights: int
+
+
+@dataclass(frozen=True)
 class Pieces:
     """A component cut into `stages`; `reductions[b]` follow the stage before boundary b and precede stage b.
 
@@ -123,7 +132,7 @@ class Pieces:
     values: Mapping[str, Value]
     stages: tuple[Stage, ...]
     reductions: Mapping[int, tuple[Reduction, ...]]
-    folder: str = ""
+    whole: Whole
     _live: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def live(self, boundary: int) -> tuple[str, ...]:
@@ -158,12 +167,12 @@ def read_pieces(path: Path) -> Pieces:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["version"] > PLAN_VERSION:
             raise BundleError(f"{path}: made for a newer edgedit; upgrade it (pip install --upgrade edgedit)")
-        return _parse(raw, path.parent.name)
+        return _parse(raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise BundleError(f"{path}: is no plan of tiles ({error}); convert the model again") from error
 
 
-def _parse(raw: Mapping[str, Any], folder: str) -> Pieces:
+def _parse(raw: Mapping[str, Any]) -> Pieces:
     values = {
         name: Value(entry["kind"] == "map", int(entry["channels"]), Fraction(*entry["scale"]))
         for name, entry in raw["values"].items()
@@ -192,7 +201,8 @@ def _parse(raw: Mapping[str, Any], folder: str) -> Pieces:
         else:
             place = len(stages)
             reductions[place] = (*reductions.get(place, ()), _reduction(kind, step))
-    return Pieces(raw["input"], raw["output"], int(raw["stride"]), values, tuple(stages), reductions, folder)
+    whole = Whole(float(raw["whole"]["flops"]), float(raw["whole"]["workspace"]), int(raw["whole"]["weights"]))
+    return Pieces(raw["input"], raw["output"], int(raw["stride"]), values, tuple(stages), reductions, whole)
 
 
 def _reduction(kind: str, step: Mapping[str, Any]) -> Reduction:

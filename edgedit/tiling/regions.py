@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, floor
 
 from edgedit.tiling.pieces import Local, Pieces
 
@@ -54,8 +53,11 @@ class Region:
 
     def scaled(self, ratio: Fraction) -> Region:
         """The same rectangle on a map of `ratio` times the scale, rounded outwards."""
+        up, down = ratio.numerator, ratio.denominator
+        if up == down:
+            return self
         return Region(
-            floor(self.top * ratio), ceil(self.bottom * ratio), floor(self.left * ratio), ceil(self.right * ratio)
+            self.top * up // down, -(-self.bottom * up // down), self.left * up // down, -(-self.right * up // down)
         )
 
 
@@ -69,8 +71,9 @@ class Extent:
 
     def at(self, scale: Fraction) -> Region:
         """The whole map of `scale`."""
-        ratio = scale / self.scale
-        return Region(0, int(self.height * ratio), 0, int(self.width * ratio))
+        up = scale.numerator * self.scale.denominator
+        down = scale.denominator * self.scale.numerator
+        return Region(0, self.height * up // down, 0, self.width * up // down)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgedit.denoise import StoppedError
+from edgedit.errors import EdgeditError
 from edgedit.tiling.moments import GroupMoments
 from edgedit.tiling.pieces import Gather, Local, Moments, Pieces, Reduction, Stage, Sums
 from edgedit.tiling.regions import Extent, Region, needs, tiles
 from edgedit.tiling.stores import BLOCK, FileMap, Map, MemoryMap, SubsampledMap, Tokens
 
-__all__ = ["KEYS_AT_ONCE", "Pass", "PieceSession", "Program", "TileRunner"]
+__all__ = ["KEYS_AT_ONCE", "Pass", "PieceSession", "Program", "TileRunner", "TilesStoppedError"]
 
 Floats = npt.NDArray[np.float32]
 #: Called with the first row and a band of rows [1, C, rows, width] of the result, from the top to the bottom.
@@ -26,6 +26,10 @@ OnTile = Callable[[int, int], bool | None]
 
 #: Keys of softmax attention that are scored at once.
 KEYS_AT_ONCE = 1024
+
+
+class TilesStoppedError(EdgeditError):
+    """The callback asked to stop between two tiles."""
 
 
 class PieceSession(Protocol):
@@ -61,13 +65,18 @@ class Pass:
 
 @dataclass(frozen=True)
 class Program:
-    """What to run: `passes`, and before pass number `coarse_at` the passes `coarse` on every `step`-th pixel of the
-    maps kept then, for the moments that the passes after it use."""
+    """What to run: `passes`, and before pass number `coarse_at` the passes `coarse` for moments that later ones use.
+
+    The coarse passes run on every `steps[i]`-th pixel of the maps that are kept then. An error of such moments grows
+    with step - 1, since edges weigh more the coarser the map is; so moments of several steps are extrapolated to step 1
+    by `weights` (Richardson's deferred approach to the limit).
+    """
 
     passes: tuple[Pass, ...]
     coarse: tuple[Pass, ...] = ()
     coarse_at: int = 0
-    step: int = 1
+    steps: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 class TileRunner:
@@ -84,13 +93,14 @@ class TileRunner:
         self._sessions: dict[str, PieceSession] = {}
         self._sums: dict[str, Floats] = {}
         self._gathered: dict[str, tuple[Tokens, Tokens]] = {}
+        self._moments: dict[Moments, GroupMoments] = {}
         self._done = self._total = 0
 
     def run(self, picture: Floats, program: Program, on_rows: OnRows) -> None:
         """Run the component on `picture` [1, C, h, w] and hand its result over in bands of rows.
 
         Raises:
-            StoppedError: `on_tile` returned False.
+            TilesStoppedError: `on_tile` returned False.
             InputError: the disk with the scratch files is full.
         """
         extent = Extent(picture.shape[2], picture.shape[3])
@@ -112,16 +122,30 @@ class TileRunner:
             self._gathered.clear()
 
     def _coarse(self, program: Program, kept: Mapping[str, Map], extent: Extent) -> None:
-        start = program.coarse[0].start
-        coarse: dict[str, Map] = {name: SubsampledMap(store, program.step) for name, store in kept.items()}
-        one = next(iter(coarse.values()))
-        small = Extent(one.height, one.width, self._pieces.scale_at(start))
+        """Moments from subsampled maps. Every step runs with the extrapolated moments of the norms before."""
+        maps: list[dict[str, Map]] = [
+            {name: SubsampledMap(store, step) for name, store in kept.items()} for step in program.steps
+        ]
+        sizes = self._coarse_sizes(program, extent)
         try:
             for number, step in enumerate(program.coarse):
-                coarse = self._pass(step, coarse, small, None, program.coarse[number + 1 :])
+                found: list[dict[Moments, GroupMoments]] = []
+                for i, size in enumerate(sizes):
+                    self._moments = {}
+                    maps[i] = self._pass(step, maps[i], size, None, program.coarse[number + 1 :])
+                    found.append(self._moments)
+                for part, first in found[0].items():
+                    moments = first.extrapolated([other[part] for other in found], program.weights)
+                    self._know_moments(part, moments)
         finally:
-            for store in coarse.values():
-                store.close()
+            for group in maps:
+                for store in group.values():
+                    store.close()
+
+    def _coarse_sizes(self, program: Program, extent: Extent) -> list[Extent]:
+        scale = self._pieces.scale_at(program.coarse[0].start)
+        whole = extent.at(scale)
+        return [Extent(-(-whole.height // step), -(-whole.width // step), scale) for step in program.steps]
 
     def _count(self, program: Program, extent: Extent) -> int:
         def count(step: Pass, size: Extent) -> int:
@@ -130,14 +154,13 @@ class TileRunner:
 
         total = sum(count(step, extent) for step in program.passes)
         if program.coarse:
-            whole = extent.at(self._pieces.scale_at(program.coarse[0].start))
-            small = Extent(
-                -(-whole.height // program.step),
-                -(-whole.width // program.step),
-                self._pieces.scale_at(program.coarse[0].start),
-            )
-            total += sum(count(step, small) for step in program.coarse)
+            total += sum(count(step, size) for step in program.coarse for size in self._coarse_sizes(program, extent))
         return total
+
+    def _know_moments(self, part: Moments, moments: GroupMoments) -> None:
+        self._moments[part] = moments
+        mean, reciprocal_std = moments.result(self._pieces.values[part.of].channels, part.epsilon)
+        self._sums.update({part.mean: mean, part.reciprocal_std: reciprocal_std})
 
     def _pass(
         self,
@@ -179,7 +202,10 @@ class TileRunner:
                 store.close()
             raise
         for total in totals:
-            total.finish(self)
+            if isinstance(total, _MomentsTotal):
+                self._know_moments(total.part, total.moments)
+            elif isinstance(total, _SumsTotal):
+                self._sums.update(total.result())
         self._close({graph for other in following for graph in self._graphs(other)})
         if not step.keep:
             return kept
@@ -196,7 +222,7 @@ class TileRunner:
     def _finished_tile(self) -> None:
         self._done += 1
         if self._on_tile is not None and self._on_tile(self._done, self._total) is False:
-            raise StoppedError("stopped between two tiles")
+            raise TilesStoppedError("stopped between two tiles")
 
     def _tile(
         self, step: Pass, wanted: Sequence[str], core: Region, kept: Mapping[str, Map], extent: Extent
@@ -261,7 +287,7 @@ class TileRunner:
 
     def _session(self, graph: str) -> PieceSession:
         if graph not in self._sessions:
-            self._sessions[graph] = self._open(f"{self._pieces.folder}/{graph}")
+            self._sessions[graph] = self._open(graph)
         return self._sessions[graph]
 
     def _graphs(self, step: Pass) -> set[str]:
@@ -272,9 +298,9 @@ class TileRunner:
         for graph in [g for g in self._sessions if g not in needed]:
             self._sessions.pop(graph).close()
 
-    def _begin(self, part: Reduction, step: Pass) -> _Total:
+    def _begin(self, part: Reduction, step: Pass) -> _MomentsTotal | _SumsTotal | _GatherTotal:
         if isinstance(part, Moments):
-            return _MomentsTotal(part, GroupMoments(part.groups), self._pieces.values[part.of].channels)
+            return _MomentsTotal(part, GroupMoments(part.groups))
         if isinstance(part, Sums):
             return _SumsTotal(part, self._session(part.graph))
         folder = self._scratch if step.in_file else None
@@ -284,30 +310,14 @@ class TileRunner:
         self._gathered[part.name] = (made[0], made[1])
         return _GatherTotal(part, made[0], made[1])
 
-    def know(self, values: Mapping[str, Floats]) -> None:
-        """Completed reductions, by the names of the graph inputs that take them."""
-        self._sums.update(values)
-
-
-class _Total(Protocol):
-    """A reduction while it is being computed."""
-
-    def add(self, values: Mapping[str, Floats]) -> None: ...
-    def finish(self, runner: TileRunner) -> None: ...
-
 
 @dataclass
 class _MomentsTotal:
     part: Moments
     moments: GroupMoments
-    channels: int
 
     def add(self, values: Mapping[str, Floats]) -> None:
         self.moments.add(values[self.part.of])
-
-    def finish(self, runner: TileRunner) -> None:
-        mean, reciprocal_std = self.moments.result(self.channels, self.part.epsilon)
-        runner.know({self.part.mean: mean, self.part.reciprocal_std: reciprocal_std})
 
 
 @dataclass
@@ -324,9 +334,10 @@ class _SumsTotal:
             for name in self.part.outputs:
                 self.totals[name] += found[name]
 
-    def finish(self, runner: TileRunner) -> None:
+    def result(self) -> dict[str, Floats]:
+        """The sums, by the names of the graph inputs that take them."""
         assert self.totals is not None
-        runner.know({name: total.astype(np.float32) for name, total in self.totals.items()})
+        return {name: total.astype(np.float32) for name, total in self.totals.items()}
 
 
 @dataclass
@@ -338,9 +349,6 @@ class _GatherTotal:
     def add(self, values: Mapping[str, Floats]) -> None:
         self.keys.append(values[self.part.keys])
         self.values.append(values[self.part.values])
-
-    def finish(self, runner: TileRunner) -> None:
-        """They stay where they are."""
 
 
 class _Band:
