@@ -394,19 +394,25 @@ class Pipeline:
         settings = Tiling(tiling, tile_size, tile_overlap, max_memory, on_tile)
         latents = self._checked_latents(latents)
         pictures: list[Any] = []
-        for one in latents:
+        for number, one in enumerate(latents, 1):
             collected = images.RowCollector(as_pixels=output == "pil")
-            self.decode_rows(one[None], collected, settings)
+            self.decode_rows(one[None], collected, settings, stage=f"decode {number}/{len(latents)}")
             pictures.append(collected.result())
         return np.concatenate(pictures) if output == "array" else pictures
 
     def decode_rows(
-        self, latents: np.ndarray, on_rows: Callable[[int, np.ndarray], None], tiling: Tiling | None = None
+        self,
+        latents: np.ndarray,
+        on_rows: Callable[[int, np.ndarray], None],
+        tiling: Tiling | None = None,
+        *,
+        stage: str = "decode",
     ) -> Schedule | None:
         """Decode one picture's latents [1, C, H, W] and hand over its rows as they come.
 
         `on_rows` is called from the top to the bottom with the number of the first row and float32 [1, 3, rows, width]
         in [-1, 1]. Returns the schedule of the tiles, None when the picture was decoded whole. Raises as `decode`.
+        `stage` is what `on_stage` is told once the decoder is open.
         """
         latents = self._checked_latents(latents)
         if len(latents) != 1:
@@ -421,7 +427,14 @@ class Pipeline:
             on_rows(top, np.clip(rows, -1.0, 1.0, out=rows if rows.flags.writeable else None))
 
         return run_component(
-            self.bundle, self.runtime, "decoder", scaled, tiling, clipped, lambda: self._session("decoder")
+            self.bundle,
+            self.runtime,
+            "decoder",
+            scaled,
+            tiling,
+            clipped,
+            whole=lambda: self._session("decoder"),
+            begin=lambda: self._stage(stage),
         )
 
     def _checked_latents(self, latents: np.ndarray) -> np.ndarray:
@@ -481,6 +494,8 @@ class Pipeline:
         latents: np.ndarray | None = None,
         image: Image.Image | str | Path | None = None,
         strength: float | None = None,
+        tiling: Tiling | None = None,
+        decode: bool = True,
         on_step: OnStep | None = None,
     ) -> Result:
         """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
@@ -492,6 +507,8 @@ class Pipeline:
                 drawn later.
             image, strength: start from a picture, `strength` (0, 1] of the way back to noise (0.6 by default).
             rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
+            tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
+            decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
 
         Raises:
@@ -539,11 +556,11 @@ class Pipeline:
             except StoppedError:
                 stopped = True
                 break
-        pictures = []
-        for index, result in enumerate(finished):
-            self._session("decoder")
-            self._stage(f"decode {index + 1}/{len(finished)}")
-            pictures += self.decode(result)
+        pictures: list[Image.Image] = []
+        for index, result in enumerate(finished if decode else ()):
+            collected = images.RowCollector(as_pixels=True)
+            self.decode_rows(result, collected, tiling, stage=f"decode {index + 1}/{len(finished)}")
+            pictures.append(collected.result())  # type: ignore[arg-type]
         description = {**self.runtime.describe()}
         return Result(
             images=pictures,

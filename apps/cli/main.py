@@ -17,6 +17,7 @@ import typer
 from edgedit import __version__
 from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
+from edgedit.apps.cli.decode import decode
 from edgedit.apps.cli.generate import generate
 from edgedit.apps.cli.inspect import inspect
 from edgedit.apps.cli.models import models
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, verify, bench, models):
+for command in (generate, decode, convert, inspect, verify, bench, models):
     app.command(no_args_is_help=False)(command)
 
 

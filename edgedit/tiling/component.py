@@ -119,17 +119,20 @@ def run(
     tiling: Tiling,
     on_rows: Callable[[int, Floats], None],
     whole: Callable[[], Any],
+    begin: Callable[[], None] = lambda: None,
 ) -> Schedule | None:
     """Run `component` on one input [1, C, h, w] and hand over bands of rows of its output, from the top.
 
     Args:
         whole: opens the session of the whole component, and is called only to run whole.
+        begin: called once everything is open and the work begins.
 
     Returns the schedule, None when it ran whole. Raises what `choose` does, and TilesStoppedError.
     """
     pieces, schedule = choose(bundle, runtime, component, picture.shape[2], picture.shape[3], tiling)
     if schedule is None:
         session = whole()
+        begin()
         (name,) = [spec.name for spec in bundle.component(component).inputs]
         (output,) = session.run({name: picture}).values()
         on_rows(0, output)
@@ -138,6 +141,7 @@ def run(
     runner = TileRunner(
         pieces, lambda graph: runtime.open_piece(component, graph), cache_dir() / "scratch", tiling.on_tile
     )
+    begin()
     runner.run(picture, schedule.program, on_rows)
     return schedule
 
