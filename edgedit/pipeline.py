@@ -28,7 +28,7 @@ from edgedit.positions import pos_embed_table
 from edgedit.recipes import Recipe
 from edgedit.solvers import make_solver
 from edgedit.text import Tokenizer
-from edgedit.tiling.component import Tiling
+from edgedit.tiling.component import Tiling, choose
 from edgedit.tiling.component import run as run_component
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ class Pipeline:
     ) -> list[Image.Image] | np.ndarray:
         """Decode latents [B, C, H, W] (as diffusers returns them) to pictures, or to float32 NCHW in [-1, 1].
 
-        `tiling`, `tile_size`, `tile_overlap`, `max_memory` and `on_tile` are those of `edgedit.tiling.component.Tiling`.
+        `tiling`, `tile_size`, `tile_overlap`, `max_memory`, `on_tile`: see `edgedit.tiling.component.Tiling`.
 
         Raises:
             InputError: latents of another shape or not finite; a budget that is too small, with the least that works.
@@ -436,6 +436,14 @@ class Pipeline:
             whole=lambda: self._session("decoder"),
             begin=lambda: self._stage(stage),
         )
+
+    def check_tiling(self, width: int, height: int, tiling: Tiling) -> Schedule | None:
+        """The schedule by which a picture of `width` × `height` pixels would be decoded now, None for whole.
+
+        Raises as `decode` does for settings that cannot be honoured; nothing is opened.
+        """
+        factor = self.latent_space.scale_factor
+        return choose(self.bundle, self.runtime, "decoder", height // factor, width // factor, tiling)[1]
 
     def _checked_latents(self, latents: np.ndarray) -> np.ndarray:
         space = self.latent_space

@@ -1,6 +1,6 @@
 """A PNG written row by row, so that a picture of any height never stands in memory whole.
 
-Portable Network Graphics specification, third edition (W3C, 2025): sections 5 (chunks), 9 (filtering), 10 (compression).
+Portable Network Graphics specification, third edition (W3C, 2025), sections 5 (chunks), 9 (filters), 10 (compression).
 The same pixels and recipe give the same bytes, in whatever bands they come.
 """
 
@@ -97,9 +97,7 @@ def _filtered(row: npt.NDArray[np.uint8], above: npt.NDArray[np.uint8], channels
 
 
 @contextmanager
-def png_rows(
-    path: str | Path, width: int, height: int, recipe: Mapping[str, object] | None
-) -> Iterator[PngRows]:
+def png_rows(path: str | Path, width: int, height: int, recipe: Mapping[str, object] | None) -> Iterator[PngRows]:
     """A `PngRows` whose file becomes `path` when the block ends, and is gone when it raises.
 
     Raises InputError when the file cannot be written or rows are missing at the end.

@@ -135,6 +135,8 @@ class Run:
             )
         if self.start.image is not None:
             self.pipe.bundle.component("encoder")
+        if asked.max_memory or asked.vae_tile_size or asked.vae_tile_overlap or asked.vae_tiling != "auto":
+            self.pipe.check_tiling(self.recipe.width, self.recipe.height, self.tiling)
         if request.preview is not None and (manifest.latents is None or manifest.latents.preview is None):
             raise BundleError(f"{self.pipe.bundle.path.name} has no preview factors; leave --preview out")
 
@@ -227,10 +229,12 @@ class Run:
         kept = Undecoded(result.latents, shown, str(output), self.pipe.bundle.model_hash).save()
         try:
             decode_to_file(self.pipe, result.latents, output, shown, self.tiling, stage="decode")
-        except TilesStoppedError:
+        except BaseException as error:
             self.progress.finish()
             self.progress.say(f"the latents are kept; finish the picture with: edgedit decode {kept}")
-            raise KeyboardInterrupt from None
+            if isinstance(error, TilesStoppedError):
+                raise KeyboardInterrupt from None
+            raise
         kept.unlink(missing_ok=True)
         if latents_out is not None:
             save_latents(result.latents, latents_out)

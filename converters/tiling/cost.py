@@ -28,7 +28,9 @@ class Cost:
     workspace: float
 
 
-def cost_of(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], layouts: Mapping[ir.Value, Layout], at: Fraction) -> Cost:
+def cost_of(
+    nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], layouts: Mapping[ir.Value, Layout], at: Fraction
+) -> Cost:
     """The cost of running `nodes` in order, where values are freed after their last use. `at` is the input's scale."""
 
     def share(value: ir.Value) -> float:
@@ -60,7 +62,11 @@ def cost_of(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], layouts: Mapp
         for value in node.outputs:
             bytes_ = share(value) * _FLOAT
             reuse = next(
-                (v for v in dying if v in owner and users[owner[v]] == 1 and size[owner[v]] == bytes_ and v not in made),
+                (
+                    v
+                    for v in dying
+                    if v in owner and users[owner[v]] == 1 and size[owner[v]] == bytes_ and v not in made
+                ),
                 None,
             )
             if node.op_type in _ALIASES and node.inputs[0] in owner:

@@ -1,8 +1,8 @@
 """The graph of an autoencoder as a list of steps, cut where sums over all positions are complete.
 
-Every value has a level: the number of such sums, one after the other, that it depends on. Steps of one level run tile by
-tile once the sums of the levels before are known. Within a level the graph is cut further wherever one map is all that
-goes on, so that halos stay small and any such map may be kept instead of computed again.
+Every value has a level: the number of such sums, one after the other, that it depends on. Steps of one level run tile
+by tile once the sums of the levels before are known. Within a level the graph is cut further wherever one map is all
+that goes on, so that halos stay small and any such map may be kept instead of computed again.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ class _Cutter:
                 added.add(last)
             start = stop
         for node, keys, values in gathered:
-            assert keys is not None and values is not None
+            assert keys is not None
+            assert values is not None
             self.result.steps.append(Gather(node, keys, values))
         summed = [v for v in self.sums if self.levels[v] == level + 1 and v.producer() is not None]
         if summed:

@@ -29,7 +29,9 @@ def open_norms(model: ir.Model) -> list[Moments]:
     graph = model.graph
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
         x, weight, bias = node.inputs
-        assert x is not None and weight is not None and bias is not None
+        assert x is not None
+        assert weight is not None
+        assert bias is not None
         name = node.outputs[0].name
         width = _length(weight)
 
@@ -49,9 +51,7 @@ def open_norms(model: ir.Model) -> list[Moments]:
             new.append(made)
             return made.outputs[0]
 
-        axes = ir.Node(
-            "", "Constant", [], [ir.AttrInt64s("value_ints", [1, 2])], num_outputs=1, name=f"{name}/axes"
-        )
+        axes = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [1, 2])], num_outputs=1, name=f"{name}/axes")
         axes.outputs[0].name = f"{name}/axes"
         axes.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         new.append(axes)

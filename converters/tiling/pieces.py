@@ -38,7 +38,12 @@ def piece_model(
                 initializers.append(values[value])
             taken.append(None if value is None else values[value])
         copy = ir.Node(
-            node.domain, node.op_type, taken, list(node.attributes.values()), num_outputs=len(node.outputs), name=node.name
+            node.domain,
+            node.op_type,
+            taken,
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=node.name,
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             new.name, new.type = old.name, old.type

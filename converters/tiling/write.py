@@ -84,7 +84,9 @@ class _Writer:
         if isinstance(step, Local):
             scales = {layouts[v].scale for v in step.inputs}
             if len(scales) != 1:
-                raise ConversionError(f"{step.outputs[0].name}: a piece that takes maps of several sizes cannot be tiled")
+                raise ConversionError(
+                    f"{step.outputs[0].name}: a piece that takes maps of several sizes cannot be tiled"
+                )
             (scale,) = scales
             reach = halo(step.nodes, step.outputs, step.inputs)
             tokens = any(layouts[v].kind == Kind.TOKENS for v in (*step.inputs, *step.outputs))
@@ -107,7 +109,9 @@ class _Writer:
             }
         if isinstance(step, Sums):
             cost = cost_of(step.nodes, step.outputs, layouts, layouts[step.inputs[0]].scale)
-            model = piece_model(f"{self.component} sums {len(self.files)}", step.nodes, step.inputs, step.outputs, layouts)
+            model = piece_model(
+                f"{self.component} sums {len(self.files)}", step.nodes, step.inputs, step.outputs, layouts
+            )
             return {
                 "run": "sums",
                 "graph": self._save(model),

@@ -163,9 +163,7 @@ def _scratch_room() -> float:
         return 0.0
 
 
-def _refusal(
-    pieces: Pieces, extent: Extent, mode: str, budget: Budget, tiling: Tiling, held: int
-) -> InputError:
+def _refusal(pieces: Pieces, extent: Extent, mode: str, budget: Budget, tiling: Tiling, held: int) -> InputError:
     """What to say when nothing fits: the least memory that does, or that the overlap cannot be."""
     low, high = max(0.0, budget.memory), 64e6
     while make_schedule(pieces, extent, mode, Budget(high, budget.scratch, budget.tile, budget.overlap)) is None:

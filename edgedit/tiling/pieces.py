@@ -1,7 +1,7 @@
 """The plan of a component's pieces (`COMPONENT.tiles.json` of a bundle) as records.
 
-A plan is a list of steps. Stages run on one tile (`Local`, `Attend`); reductions are completed over all tiles before the
-next stage begins (`Moments`, `Sums`, `Gather`). A map has `scale` pixels a side for each pixel of the component's input.
+A plan is a list of steps. Stages run on one tile (`Local`, `Attend`); reductions are completed over all tiles before
+the next stage begins (`Moments`, `Sums`, `Gather`). A map has `scale` pixels a side for each pixel of the input.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from typing import Any
 
 from edgedit.errors import BundleError
 
-__all__ = ["Attend", "Gather", "Local", "Moments", "Pieces", "Reduction", "Stage", "Sums", "Value", "Whole", "read_pieces"]
+__all__ = [
+    "Attend",
+    "Gather",
+    "Local",
+    "Moments",
+    "Pieces",
+    "Reduction",
+    "Stage",
+    "Sums",
+    "Value",
+    "Whole",
+    "read_pieces",
+]
 
 PLAN_VERSION = 1
 
@@ -32,7 +44,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Local:
-    """A graph on one tile. `halo`: pixels of its inputs before and after; flops and workspace (bytes) an input pixel."""
+    """A graph on one tile. `halo`: pixels of its inputs before and after; flops, workspace bytes an input pixel."""
 
     graph: str
     inputs: tuple[str, ...]
@@ -195,9 +207,7 @@ def _parse(raw: Mapping[str, Any]) -> Pieces:
                 )
             )
         elif kind == "attend":
-            stages.append(
-                Attend(step["graph"], step["gathered"], int(step["heads"]), step["queries"], step["output"])
-            )
+            stages.append(Attend(step["graph"], step["gathered"], int(step["heads"]), step["queries"], step["output"]))
         else:
             place = len(stages)
             reductions[place] = (*reductions.get(place, ()), _reduction(kind, step))
@@ -207,9 +217,7 @@ def _parse(raw: Mapping[str, Any]) -> Pieces:
 
 def _reduction(kind: str, step: Mapping[str, Any]) -> Reduction:
     if kind == "moments":
-        return Moments(
-            step["of"], int(step["groups"]), float(step["epsilon"]), step["mean"], step["reciprocal_std"]
-        )
+        return Moments(step["of"], int(step["groups"]), float(step["epsilon"]), step["mean"], step["reciprocal_std"])
     if kind == "sums":
         return Sums(
             step["graph"],

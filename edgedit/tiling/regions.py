@@ -84,9 +84,7 @@ class Needs:
     values: Mapping[str, Region]
 
 
-def needs(
-    pieces: Pieces, start: int, stop: int, wanted: Sequence[str], core: Region, extent: Extent
-) -> Needs:
+def needs(pieces: Pieces, start: int, stop: int, wanted: Sequence[str], core: Region, extent: Extent) -> Needs:
     """Which rectangles stages start … stop - 1 run on, so that the values `wanted` are right on `core`.
 
     `core` is a rectangle of the maps of scale `pieces.scale_at(stop)`.

@@ -189,7 +189,7 @@ class TileRunner:
         try:
             for core in tiles(whole, step.tile):
                 values = self._tile(step, wanted, core, kept, extent)
-                for part, total in zip(reductions, totals, strict=True):
+                for total in totals:
                     total.add(values)
                 for name, store in new.items():
                     store.write(core, values[name])

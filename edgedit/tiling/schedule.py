@@ -124,9 +124,7 @@ class _Path:
     tile: int
 
     def schedule(self, mode: str) -> Schedule:
-        return Schedule(
-            Program(self.passes), self.peak, self.scratch, self.seconds, self.halo, self.tile, mode
-        )
+        return Schedule(Program(self.passes), self.peak, self.scratch, self.seconds, self.halo, self.tile, mode)
 
 
 class _Search:
@@ -148,9 +146,7 @@ class _Search:
         self._costs: dict[tuple[int, int, int, bool, bool], PassCost] = {}
         self.attends = {s.gathered: i for i, s in enumerate(pieces.stages) if isinstance(s, Attend)}
 
-    def path(
-        self, start: int, stop: int, *, final: bool, reduce: bool = True, keep_last: bool = True
-    ) -> _Path | None:
+    def path(self, start: int, stop: int, *, final: bool, reduce: bool = True, keep_last: bool = True) -> _Path | None:
         """The quickest passes from boundary `start` to `stop`, with maps kept wherever that pays."""
         inner = [b for b in self.pieces.boundaries if start < b < stop]
         nodes = [start, *inner, stop]
@@ -211,9 +207,7 @@ class _Search:
     def _room(self, a: int, b: int, *, last: bool) -> tuple[float, float, bool]:
         """(bytes of memory left for tiles, bytes in files, whether maps go to files) on the way from `a` to `b`."""
         kept = self._kept(a) + (0.0 if last else self._kept(b))
-        tokens = sum(
-            size for place, size in self.tokens if a < place and any(a <= i for i in self.attends.values())
-        )
+        tokens = sum(size for place, size in self.tokens if a < place and any(a <= i for i in self.attends.values()))
         tokens += sum(size for place, size in self.tokens if place <= a and any(a <= i for i in self.attends.values()))
         held = kept + tokens
         in_file = held > KEPT_SHARE * self.budget.memory
@@ -247,7 +241,9 @@ class _Search:
         """The pass with the largest tiles that fits."""
         whole = self.extent.at(self.pieces.scale_at(stop))
         side = max(whole.height, whole.width)
-        sizes: Sequence[int] = [t for t in TILES if t < side] if side > TILES[0] else [side, *(t for t in TILES if t < side)]
+        sizes: Sequence[int] = (
+            [t for t in TILES if t < side] if side > TILES[0] else [side, *(t for t in TILES if t < side)]
+        )
         if self.budget.tile is not None:
             sizes = [max(1, int(self.budget.tile * self.pieces.scale_at(stop) / self.finest))]
         for tile in sizes:

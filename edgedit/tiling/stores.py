@@ -81,14 +81,18 @@ class FileMap:
             self._file.seek((row * self._across + column) * self._bytes)
             if self._file.readinto(memoryview(buffer).cast("B")) != self._bytes:  # type: ignore[attr-defined]
                 raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
-            square = Region(row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block)
+            square = Region(
+                row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block
+            )
             result[0][:, *part.within(region)] = buffer[:, *part.within(square)]
         return result
 
     def write(self, region: Region, values: Floats) -> None:
         buffer = np.zeros((self._channels, self._block, self._block), np.float32)
         for row, column, part in self._parts(region):
-            square = Region(row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block)
+            square = Region(
+                row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block
+            )
             buffer[:, *part.within(square)] = values[0][:, *part.within(region)]
             _write(self._file, (row * self._across + column) * self._bytes, buffer)
 
