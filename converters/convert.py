@@ -21,6 +21,7 @@ from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
 from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
 from edgedit.converters.passes.quantize import PRESETS
+from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
 
@@ -222,6 +223,9 @@ def _lower(
         model = job.model if index == 0 else _canonical(job.source, job.name)[1]
         if target == "onnx":
             written = onnx_lowering.write(model, root, job.name, dtype=dtype, on_tensor=on_tensor)
+            if job.name in TILED:
+                stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
+                written = write_pieces(root, job.name, written, stride)
             forms[target], job.artefacts[target] = onnx_sessions(root, written), written
         elif plan is not None:
             package, openers = plan.write(job.component, model, root, dtype=dtype)

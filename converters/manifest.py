@@ -123,6 +123,7 @@ def _artefact(written: Written) -> dict[str, Any]:
         "fused_graph": None if fused is None else {"path": fused, "for": ["CPUExecutionProvider"]},
         "files": list(artefact.files),
         "parity": None if written.parity is None else dict(written.parity),
+        "tiles": getattr(artefact, "tiles", None),
         **_functions(artefact),
     }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
-__all__ = ["available_cores", "available_memory", "cache_dir", "peak_memory"]
+from edgedit.errors import InputError
+
+__all__ = ["available_cores", "available_memory", "cache_dir", "parse_memory", "peak_memory", "resident_memory"]
 
 
 def available_cores() -> int:
@@ -44,6 +47,29 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return free
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now; its peak where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError, IndexError):
+        return peak_memory() or 0
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes from "3G", "800M", "1.5 GB" or a number of bytes; K, M, G and T are powers of 1000, Ki … Ti of 1024.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?", str(text).strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"a memory of {text!r} cannot be read; write it like 3G or 800M")
+    unit = (found[2] or "").upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(unit[0]) if unit else 0))
 
 
 def peak_memory() -> int | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from edgedit.errors import InputError
 
-__all__ = ["atomic_write_bytes", "sha256_file", "sync_file", "sync_folder"]
+__all__ = ["atomic_file", "atomic_write_bytes", "sha256_file", "sync_file", "sync_folder"]
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -17,6 +20,16 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
     A symbolic link is followed. Raises InputError when the folder is missing or not writable, the disk is full, or
     `path` is something other than a regular file; nothing is left behind then.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write to, which becomes `path` when the block ends and is gone when it raises.
+
+    Like `atomic_write_bytes`, with its errors; an OSError of the block counts as one of the file's.
     """
     target = Path(os.path.realpath(path))
     # A short name of its own: the target's may already be as long as the file system allows.
@@ -27,7 +40,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from edgedit.errors import InputError
 
-__all__ = ["from_image", "latent_preview", "open_image", "to_uint8"]
+__all__ = ["RowCollector", "from_image", "latent_preview", "open_image", "rows_to_pixels", "to_uint8"]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -21,13 +21,40 @@ def to_uint8(array: npt.NDArray[np.floating]) -> list[Image.Image]:
     Computed in float32 and rounded half to even, as `VaeImageProcessor.postprocess`. Raises InputError for another
     shape and for values that are not finite.
     """
+    pixels = rows_to_pixels(array)
+    return [Image.fromarray(np.ascontiguousarray(p[..., 0] if p.shape[-1] == 1 else p)) for p in pixels]
+
+
+def rows_to_pixels(array: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """uint8 [N, H, W, C] from an array [N, C, H, W], rounded as `to_uint8` says, and with its errors."""
     if array.ndim != 4 or array.shape[1] not in _MODES:
         raise InputError(f"a picture is [N, 1, 3 or 4, H, W], not {list(array.shape)}; pass the decoder's output")
     if not np.isfinite(array).all():
         raise InputError("the picture has values that are not finite numbers; decode in fp32")
     unit = np.clip(array.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
-    pixels = (unit * np.float32(255)).round().astype(np.uint8)
-    return [Image.fromarray(np.ascontiguousarray(p[..., 0] if p.shape[-1] == 1 else p)) for p in pixels]
+    return (unit * np.float32(255)).round().astype(np.uint8)
+
+
+class RowCollector:
+    """Takes bands of rows [1, C, rows, W] in [-1, 1], from the top, and puts them together.
+
+    With `as_pixels` every band is turned into bytes at once, so that the picture never stands in memory as floats.
+    """
+
+    def __init__(self, *, as_pixels: bool) -> None:
+        self._as_pixels = as_pixels
+        self._parts: list[np.ndarray] = []
+
+    def __call__(self, top: int, rows: npt.NDArray[np.floating]) -> None:
+        self._parts.append(rows_to_pixels(rows)[0] if self._as_pixels else rows)
+
+    def result(self) -> Image.Image | npt.NDArray[np.floating]:
+        """The picture, or float32 [1, C, H, W]."""
+        if not self._as_pixels:
+            return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts, axis=2)
+        pixels = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        self._parts.clear()
+        return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def from_image(image: Image.Image, width: int, height: int) -> npt.NDArray[np.float32]:

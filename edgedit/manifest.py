@@ -74,7 +74,9 @@ class Function:
 class Artefact:
     """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs.
 
-    `functions` are the sizes that it was made for; empty for a graph that takes any."""
+    `functions` are the sizes that it was made for; empty for a graph that takes any.
+    `tiles` is the plan (JSON) by which a picture's tiles are computed, None where the component only runs whole.
+    """
 
     precision: str
     graph: str
@@ -82,6 +84,7 @@ class Artefact:
     files: tuple[str, ...]
     parity: Parity | None
     functions: tuple[Function, ...] = ()
+    tiles: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def check_references(manifest: Manifest, source: str) -> None:
                 if path not in manifest.files:
                     place.at("files").fail(f"{path} is not listed in the files of the manifest")
             graphs = [artefact.graph, *([artefact.fused_graph.path] if artefact.fused_graph else [])]
+            graphs += [artefact.tiles] if artefact.tiles else []
             for graph in graphs:
                 if not any(path == graph or path.startswith(graph + "/") for path in artefact.files):
                     place.fail(f"the graph {graph} is not among the artefact's files")
@@ -132,6 +133,7 @@ def _artefact(node: JsonNode) -> Artefact:
         functions=tuple(_function(part) for part in node.at("functions").elements(minimum=1))
         if "functions" in node.members()
         else (),
+        tiles=node.at("tiles").nullable(_path) if "tiles" in node.members() else None,
     )
 
 

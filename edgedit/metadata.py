@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from edgedit.errors import InputError
 from edgedit.files import atomic_write_bytes
 
-__all__ = ["FORMATS", "encode_image", "parameters_text", "read_recipe", "save_image"]
+__all__ = ["FORMATS", "encode_image", "parameters_text", "png_chunks", "read_recipe", "save_image"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -61,11 +61,7 @@ def encode_image(image: Image.Image, path: str | Path, recipe: Mapping[str, obje
     kind = FORMATS.get(path.suffix.lower())
     buffer = BytesIO()
     if kind == "PNG":
-        chunks = PngImagePlugin.PngInfo()
-        if recipe is not None:
-            chunks.add_itxt("edgedit", json.dumps(recipe, ensure_ascii=False, allow_nan=False))
-            chunks.add_text("parameters", parameters_text(recipe))
-        image.save(buffer, "PNG", pnginfo=chunks)
+        image.save(buffer, "PNG", pnginfo=png_chunks(recipe))
     elif kind == "JPEG":
         exif = _exif(recipe)
         if len(exif) > _LARGEST_EXIF:
@@ -78,6 +74,15 @@ def encode_image(image: Image.Image, path: str | Path, recipe: Mapping[str, obje
     else:
         raise InputError(f"{path}: pictures are saved as {', '.join(FORMATS)}; give one of these suffixes")
     return buffer.getvalue()
+
+
+def png_chunks(recipe: Mapping[str, object] | None) -> PngImagePlugin.PngInfo:
+    """The text chunks that carry `recipe` in a PNG, none for None."""
+    chunks = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        chunks.add_itxt("edgedit", json.dumps(recipe, ensure_ascii=False, allow_nan=False))
+        chunks.add_text("parameters", parameters_text(recipe))
+    return chunks
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:

@@ -28,10 +28,13 @@ from edgedit.positions import pos_embed_table
 from edgedit.recipes import Recipe
 from edgedit.solvers import make_solver
 from edgedit.text import Tokenizer
+from edgedit.tiling.component import Tiling, choose
+from edgedit.tiling.component import run as run_component
 
 if TYPE_CHECKING:
     from edgedit.manifest import Latents
     from edgedit.runtimes.base import Runtime, Session
+    from edgedit.tiling.schedule import Schedule
 
 __all__ = ["Pipeline", "Result"]
 
@@ -41,6 +44,7 @@ CACHE_ENCODERS_OVER = 100 << 20
 GUIDANCE_BATCH_TOKENS = 1024
 
 OnStep = Callable[[StepState], bool | None]
+OnTile = Callable[[int, int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -398,31 +402,142 @@ class Pipeline:
         return conditions
 
     @overload
-    def decode(self, latents: np.ndarray, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
+    def decode(
+        self,
+        latents: np.ndarray,
+        *,
+        output: Literal["pil"] = "pil",
+        tiling: str = "auto",
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        max_memory: int | str | None = None,
+        on_tile: OnTile | None = None,
+    ) -> list[Image.Image]: ...
     @overload
-    def decode(self, latents: np.ndarray, *, output: Literal["array"]) -> np.ndarray: ...
-    def decode(self, latents: np.ndarray, *, output: Literal["pil", "array"] = "pil") -> list[Image.Image] | np.ndarray:
-        """Decode latents [B, C, H, W] (as diffusers returns them) to pictures, or to float32 NCHW in [-1, 1]."""
+    def decode(
+        self,
+        latents: np.ndarray,
+        *,
+        output: Literal["array"],
+        tiling: str = "auto",
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        max_memory: int | str | None = None,
+        on_tile: OnTile | None = None,
+    ) -> np.ndarray: ...
+    def decode(
+        self,
+        latents: np.ndarray,
+        *,
+        output: Literal["pil", "array"] = "pil",
+        tiling: str = "auto",
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        max_memory: int | str | None = None,
+        on_tile: OnTile | None = None,
+    ) -> list[Image.Image] | np.ndarray:
+        """Decode latents [B, C, H, W] (as diffusers returns them) to pictures, or to float32 NCHW in [-1, 1].
+
+        `tiling`, `tile_size`, `tile_overlap`, `max_memory`, `on_tile`: see `edgedit.tiling.component.Tiling`.
+
+        Raises:
+            InputError: latents of another shape or not finite; a budget that is too small, with the least that works.
+            TilesStoppedError: `on_tile` returned False.
+        """
         if output not in ("pil", "array"):
             raise InputError(f"output must be 'pil' or 'array', not {output!r}")
+        settings = Tiling(tiling, tile_size, tile_overlap, max_memory, on_tile)
+        latents = self._checked_latents(latents)
+        pictures: list[Any] = []
+        for number, one in enumerate(latents, 1):
+            collected = images.RowCollector(as_pixels=output == "pil")
+            self.decode_rows(one[None], collected, settings, stage=f"decode {number}/{len(latents)}")
+            pictures.append(collected.result())
+        return np.concatenate(pictures) if output == "array" else pictures
+
+    def decode_rows(
+        self,
+        latents: np.ndarray,
+        on_rows: Callable[[int, np.ndarray], None],
+        tiling: Tiling | None = None,
+        *,
+        stage: str = "decode",
+    ) -> Schedule | None:
+        """Decode one picture's latents [1, C, H, W] and hand over its rows as they come.
+
+        `on_rows` is called from the top to the bottom with the number of the first row and float32 [1, 3, rows, width]
+        in [-1, 1]. Returns the schedule of the tiles, None when the picture was decoded whole. Raises as `decode`.
+        `stage` is what `on_stage` is told once the decoder is open.
+        """
+        latents = self._checked_latents(latents)
+        if len(latents) != 1:
+            raise InputError(f"decode_rows takes the latents of one picture, not of {len(latents)}")
+        space, tiling = self.latent_space, tiling or Tiling()
+        if tiling.max_memory is not None:
+            # What other components hold counts as well.
+            self.close()
+        scaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
+
+        def clipped(top: int, rows: np.ndarray) -> None:
+            on_rows(top, np.clip(rows, -1.0, 1.0, out=rows if rows.flags.writeable else None))
+
+        return run_component(
+            self.bundle,
+            self.runtime,
+            "decoder",
+            scaled,
+            tiling,
+            clipped,
+            whole=lambda: self._session("decoder"),
+            begin=lambda: self._stage(stage),
+        )
+
+    def check_tiling(self, width: int, height: int, tiling: Tiling) -> Schedule | None:
+        """The schedule by which a picture of `width` × `height` pixels would be decoded now, None for whole.
+
+        Raises as `decode` does for settings that cannot be honoured; nothing is opened.
+        """
+        factor = self.latent_space.scale_factor
+        return choose(self.bundle, self.runtime, "decoder", height // factor, width // factor, tiling)[1]
+
+    def _checked_latents(self, latents: np.ndarray) -> np.ndarray:
         space = self.latent_space
         latents = np.asarray(latents, np.float32)
-        if latents.ndim != 4 or latents.shape[1] != space.channels:
+        if latents.ndim != 4 or latents.shape[1] != space.channels or not latents.size:
             raise InputError(f"latents must be [batch, {space.channels}, height, width], not {list(latents.shape)}")
         if not np.isfinite(latents).all():
             raise InputError("the latents hold values that are not numbers; nothing was decoded")
-        session = self._session("decoder")
-        scaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
-        pictures = [session.run({"latents": scaled[i : i + 1]})["image"] for i in range(len(scaled))]
-        array = np.clip(np.concatenate(pictures), -1.0, 1.0)
-        return array if output == "array" else images.to_uint8(array)
+        return latents
 
-    def encode_image(self, image: Image.Image | str | Path, *, width: int, height: int) -> np.ndarray:
-        """Picture → latents [1, C, H, W] in the transformer's space (the posterior's mean, where there is one)."""
+    def encode_image(
+        self,
+        image: Image.Image | str | Path,
+        *,
+        width: int,
+        height: int,
+        tiling: str = "auto",
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        max_memory: int | str | None = None,
+        on_tile: OnTile | None = None,
+    ) -> np.ndarray:
+        """Picture → latents [1, C, H, W] in the transformer's space (the posterior's mean, where there is one).
+
+        The settings of the tiles are those of `decode`.
+        """
         space = self.latent_space
         picture = image if isinstance(image, Image.Image) else images.open_image(image)
-        outputs = self._session("encoder").run({"image": images.from_image(picture, width, height)})
-        latents = outputs["latents"] if "latents" in outputs else outputs["moments"][:, : space.channels]
+        rows: list[np.ndarray] = []
+        run_component(
+            self.bundle,
+            self.runtime,
+            "encoder",
+            images.from_image(picture, width, height),
+            Tiling(tiling, tile_size, tile_overlap, max_memory, on_tile),
+            lambda _, part: rows.append(part[:, : space.channels].copy()),
+            lambda: self._session("encoder"),
+        )
+        latents = np.concatenate(rows, axis=2)
         return (latents - np.float32(space.shift_factor)) * np.float32(space.scaling_factor)
 
     def generate(
@@ -442,6 +557,8 @@ class Pipeline:
         latents: np.ndarray | None = None,
         image: Image.Image | str | Path | None = None,
         strength: float | None = None,
+        tiling: Tiling | None = None,
+        decode: bool = True,
         on_step: OnStep | None = None,
     ) -> Result:
         """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
@@ -453,6 +570,8 @@ class Pipeline:
                 drawn later.
             image, strength: start from a picture, `strength` (0, 1] of the way back to noise (0.6 by default).
             rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
+            tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
+            decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
 
         Raises:
@@ -502,11 +621,11 @@ class Pipeline:
             except StoppedError:
                 stopped = True
                 break
-        pictures = []
-        for index, result in enumerate(finished):
-            self._session("decoder")
-            self._stage(f"decode {index + 1}/{len(finished)}")
-            pictures += self.decode(result)
+        pictures: list[Image.Image] = []
+        for index, result in enumerate(finished if decode else ()):
+            collected = images.RowCollector(as_pixels=True)
+            self.decode_rows(result, collected, tiling, stage=f"decode {index + 1}/{len(finished)}")
+            pictures.append(collected.result())  # type: ignore[arg-type]
         description = {**self.runtime.describe()}
         return Result(
             images=pictures,

@@ -22,6 +22,9 @@ __all__ = ["CPU", "PROVIDERS", "OnnxRuntime", "OnnxSession"]
 
 CPU = "CPUExecutionProvider"
 
+#: Components whose maps are far larger than their weights, and which run once a picture.
+WITHOUT_ARENA = ("decoder", "encoder")
+
 #: Short names that people type for ONNX Runtime's execution providers.
 PROVIDERS = {
     "cpu": CPU,
@@ -53,13 +56,24 @@ class OnnxSession:
     """One component open in ONNX Runtime."""
 
     def __init__(
-        self, graph: Path, providers: Sequence[str], threads: int | None, cache: Path | None, label: str
+        self,
+        graph: Path,
+        providers: Sequence[str],
+        threads: int | None,
+        cache: Path | None,
+        label: str,
+        *,
+        arena: bool = True,
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not arena:
+            # The arena keeps every block it ever needed: an autoencoder's peak is twice as high with it.
+            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False
         # Block-quantised weights stay exact: the default level quantises activations to int8 as well.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.label = label
@@ -170,8 +184,21 @@ class OnnxRuntime:
             graph = artefact.fused_graph.path
         label = f"{self.bundle.path.name}/{component}"
         return OnnxSession(
-            self.bundle.file(graph), self.providers, self.options.threads, self.options.graph_cache, label
+            self.bundle.file(graph),
+            self.providers,
+            self.options.threads,
+            self.options.graph_cache,
+            label,
+            arena=component not in WITHOUT_ARENA,
         )
+
+    def open_piece(self, component: str, graph: str) -> OnnxSession:
+        """Open one piece of a component that runs in tiles: `graph` is its file name beside the plan of the tiles."""
+        tiles = self.bundle.component(component).artefacts["onnx"].tiles
+        if tiles is None:
+            raise BundleError(f"{self.bundle.path.name}: its {component} was converted without tiles; convert it again")
+        path = self.bundle.file(f"{tiles.rpartition('/')[0]}/{graph}")
+        return OnnxSession(path, self.providers, self.options.threads, None, f"{component} {graph}", arena=False)
 
     def open_canonical(self, component: str) -> OnnxSession:
         """Open the canonical graph (standard operators only): the reference that `verify` compares with."""

@@ -91,9 +91,14 @@ class Run:
     index: int = 0
 
     def __post_init__(self) -> None:
+        from edgedit.apps.cli.finish import make_tiling
         from edgedit.guidance import Guidance
         from edgedit.recipes import Recipe
 
+        asked = self.request
+        self.tiling = make_tiling(
+            asked.vae_tiling, asked.vae_tile_size, asked.vae_tile_overlap, asked.max_memory, self.tile
+        )
         request, manifest = self.request, self.pipe.bundle.manifest
         self.prompt = request.prompt or ""
         self.settings: dict[str, Any] = {
@@ -133,6 +138,8 @@ class Run:
             )
         if self.start.image is not None:
             self.pipe.bundle.component("encoder")
+        if asked.max_memory or asked.vae_tile_size or asked.vae_tile_overlap or asked.vae_tiling != "auto":
+            self.pipe.check_tiling(self.recipe.width, self.recipe.height, self.tiling)
         if request.preview is not None and (manifest.latents is None or manifest.latents.preview is None):
             raise BundleError(f"{self.pipe.bundle.path.name} has no preview factors; leave --preview out")
 
@@ -187,6 +194,11 @@ class Run:
             self._save_preview(self.request.preview, state.preview())
         return state.step == state.steps or not self.interrupt.requested
 
+    def tile(self, done: int, total: int) -> bool:
+        """Called after every tile of the decoder."""
+        self.progress.step(done, total, index=self.index)
+        return not self.interrupt.requested
+
     def _save_preview(self, path: Path, image: Any) -> None:
         from PIL import Image
 
@@ -197,7 +209,8 @@ class Run:
 
     def picture(self, output: Path, latents_out: Path | None) -> None:
         """Draw picture `index` and save it. Raises KeyboardInterrupt when it was stopped before it was finished."""
-        from edgedit.metadata import save_image
+        from edgedit.apps.cli.finish import Undecoded, decode_to_file
+        from edgedit.tiling.run import TilesStoppedError
 
         started, seed = time.monotonic(), self.request.seeds[self.index]
         result = self.pipe.generate(
@@ -206,12 +219,26 @@ class Run:
             image=self.start.image,
             latents=self.start.latents,
             on_step=self.step,
+            decode=False,
             **self.settings,
         )
         if result.stopped:
             raise KeyboardInterrupt
         recipe = {**result.recipe, **self.start.facts}
-        save_image(result.images[0], output, recipe if self.request.metadata else None)
+        if self.tiling.mode == "fast":
+            recipe["vae_tiling"] = "fast"
+        shown = recipe if self.request.metadata else None
+        # From here on nothing but decoding is left: should the run die, `edgedit decode` finishes it.
+        kept = Undecoded(result.latents, shown, str(output), self.pipe.bundle.model_hash).save()
+        try:
+            decode_to_file(self.pipe, result.latents, output, shown, self.tiling, stage="decode")
+        except BaseException as error:
+            self.progress.finish()
+            self.progress.say(f"the latents are kept; finish the picture with: edgedit decode {kept}")
+            if isinstance(error, TilesStoppedError):
+                raise KeyboardInterrupt from None
+            raise
+        kept.unlink(missing_ok=True)
         if latents_out is not None:
             save_latents(result.latents, latents_out)
         seconds = time.monotonic() - started

@@ -189,6 +189,37 @@ LowRam = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+VaeTiling = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help="How the picture is decoded: auto, off (whole), exact or fast tiles.",
+        show_default="auto",
+        rich_help_panel=MACHINE,
+    ),
+]
+VaeTileSize = Annotated[
+    int | None,
+    typer.Option(metavar="PX", help="Side of a tile.", show_default="what fits", rich_help_panel=MACHINE),
+]
+VaeTileOverlap = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX",
+        help="Most pixels that a tile may read beyond itself.",
+        show_default="what is quickest",
+        rich_help_panel=MACHINE,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory while decoding, as 3G; a larger picture is decoded in tiles.",
+        show_default="what is free",
+        rich_help_panel=MACHINE,
+    ),
+]
 GraphCache = Annotated[
     bool,
     typer.Option("--graph-cache", help="Keep optimised graphs on disk, to open faster.", rich_help_panel=MACHINE),

@@ -18,6 +18,7 @@ from edgedit import __version__
 from edgedit.apps.cli.batch import app as batch
 from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
+from edgedit.apps.cli.decode import decode
 from edgedit.apps.cli.distill import distill
 from edgedit.apps.cli.eval import eval_model
 from edgedit.apps.cli.export_app import export_app
@@ -40,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, inspect, verify, bench, models, linearize, distill, export_app):
+for command in (generate, decode, convert, inspect, verify, bench, models, linearize, distill, export_app):
     app.command(no_args_is_help=False)(command)
 app.command("eval", no_args_is_help=False)(eval_model)
 app.add_typer(batch, name="batch")

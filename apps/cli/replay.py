@@ -100,12 +100,12 @@ class Replay:
         elif request.image is None:
             changes |= {"image": self._file("image", "--image"), "latents_in": self._file("latents", "--latents-in")}
         if request.model is None:
-            changes["model"] = self._find_model()
+            changes["model"] = self.find_model()
         if not request.prompt and self.recipe.get("prompt") == "":
             changes["allow_empty"] = True
         return replace(request, **changes)
 
-    def _find_model(self) -> str:
+    def find_model(self) -> str:
         """The model that drew the picture: builtin or a bundle at hand with its hash, of its name if there are more."""
         from edgedit.apps.cli.bundles import bundles_at_hand, open_local
 

@@ -53,6 +53,10 @@ class Request:
     providers: tuple[str, ...] = ()
     threads: int | None = None
     low_ram: bool = False
+    vae_tiling: str = "auto"
+    vae_tile_size: int | None = None
+    vae_tile_overlap: int | None = None
+    max_memory: str | None = None
     graph_cache: bool = False
     interpreter: bool = False
     emulate_fp16: bool = False

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-__all__ = ["Start", "file_hash", "plan_latents", "save_latents"]
+__all__ = ["Start", "file_hash", "plan_latents", "read_latents", "save_latents"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Start:
             picture = open_image(image)
             return cls(image=picture, facts={"image": {"path": str(image), "sha256": file_hash(image)}})
         if latents is not None:
-            array = _read_latents(latents)
+            array = read_latents(latents)
             return cls(latents=array, facts={"latents": {"path": str(latents), "sha256": file_hash(latents)}})
         return cls()
 
@@ -84,7 +84,8 @@ def save_latents(latents: np.ndarray, path: Path) -> None:
     atomic_write_bytes(path, buffer.getvalue())
 
 
-def _read_latents(path: Path) -> np.ndarray:
+def read_latents(path: Path) -> np.ndarray:
+    """The floating-point array in a .npy file, as float32. Raises InputError."""
     import numpy as np
 
     try:

@@ -22,13 +22,14 @@ DTYPES = ("fp32", "fp16", *PRESETS)
 class OnnxArtefact:
     """Files of one component, relative to the bundle.
 
-    `fused_graph` is None when the CPU form would be the same graph.
+    `fused_graph` is None when the CPU form would be the same graph, `tiles` when the graph was not cut for tiles.
     """
 
     precision: str
     graph: str
     fused_graph: str | None
     files: tuple[str, ...]
+    tiles: str | None = None
 
 
 def write(

@@ -1,0 +1,119 @@
+"""What a piece costs per position of its input: floating-point operations and bytes of working memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import onnx_ir as ir
+
+from edgedit.converters.tiling.positions import Kind, Layout
+
+__all__ = ["Cost", "cost_of"]
+
+#: Operators whose output ONNX Runtime writes over an input that is not needed any more.
+_IN_PLACE = frozenset("Add Clip Div Gelu Mul Neg Relu Sigmoid Sqrt Sub Tanh".split())
+#: Operators whose output is their input's memory under another shape.
+_ALIASES = frozenset("Identity Reshape Squeeze Unsqueeze".split())
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per position of the piece's input: operations, and bytes beyond inputs (outputs included) at the peak."""
+
+    flops: float
+    workspace: float
+
+
+def cost_of(
+    nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], layouts: Mapping[ir.Value, Layout], at: Fraction
+) -> Cost:
+    """The cost of running `nodes` in order, where values are freed after their last use. `at` is the input's scale."""
+
+    def share(value: ir.Value) -> float:
+        layout = layouts.get(value)
+        if layout is None or layout.kind not in (Kind.MAP, Kind.TOKENS):
+            return 0.0
+        return layout.channels * float(layout.scale / at) ** 2
+
+    last = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
+    last |= dict.fromkeys(outputs, len(nodes))
+    owner: dict[ir.Value, ir.Value] = {}
+    users: dict[ir.Value, int] = {}
+    size: dict[ir.Value, float] = {}
+    flops = peak = current = 0.0
+
+    def release(value: ir.Value) -> None:
+        nonlocal current
+        root = owner.get(value)
+        if root is not None:
+            users[root] -= 1
+            if users[root] == 0:
+                current -= size[root]
+
+    for i, node in enumerate(nodes):
+        flops += _flops(node, share)
+        dying = [v for v in dict.fromkeys(node.inputs) if v is not None and last.get(v) == i]
+        extra = 0.0
+        made: dict[ir.Value, ir.Value] = {}
+        for value in node.outputs:
+            bytes_ = share(value) * _FLOAT
+            reuse = next(
+                (
+                    v
+                    for v in dying
+                    if v in owner and users[owner[v]] == 1 and size[owner[v]] == bytes_ and v not in made
+                ),
+                None,
+            )
+            if node.op_type in _ALIASES and node.inputs[0] in owner:
+                made[value] = owner[node.inputs[0]]  # type: ignore[index]
+            elif node.op_type in _ALIASES:
+                continue
+            elif node.op_type in _IN_PLACE and reuse is not None:
+                made[value] = owner[reuse]
+            else:
+                made[value] = value
+                size[value] = bytes_
+                extra += bytes_
+        current += extra
+        peak = max(peak, current)
+        for value, root in made.items():
+            owner[value] = root
+            users[root] = users.get(root, 0) + 1
+        for value in dying:
+            release(value)
+        for value in node.outputs:
+            if value not in last:
+                release(value)
+    return Cost(flops, peak)
+
+
+def _flops(node: ir.Node, share: object) -> float:
+    count = share  # type: ignore[assignment]
+    out = count(node.outputs[0])  # type: ignore[operator]
+    if node.op_type == "Conv":
+        weight = node.inputs[1]
+        shape = _shape(weight)
+        return 2.0 * out * math.prod(shape[1:])
+    if node.op_type == "MatMul":
+        right = _shape(node.inputs[1])
+        left_positions = count(node.inputs[0])  # type: ignore[operator]
+        if out and right:
+            return 2.0 * out * (right[-2] if len(right) > 1 else 1)
+        # A contraction over positions: every element of one side meets a column of the other.
+        shape = _shape(node.outputs[0])
+        return 2.0 * left_positions * (shape[-1] if shape else 1)
+    return out
+
+
+def _shape(value: ir.Value | None) -> list[int]:
+    if value is None or value.shape is None:
+        producer = None if value is None else value.producer()
+        if producer is not None and producer.inputs and producer.inputs[0] is not None:
+            return _shape(producer.inputs[0])
+        return []
+    return [dim if isinstance(dim, int) else 1 for dim in value.shape]

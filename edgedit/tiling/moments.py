@@ -1,0 +1,61 @@
+"""Mean and variance of groups of channels, added up over tiles without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["GroupMoments"]
+
+
+class GroupMoments:
+    """Running moments by Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances" (1979): sums of squares are taken about the tile's own mean, so that a large mean loses no digits."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._count = 0
+        self._mean = np.zeros(groups)
+        self._squares = np.zeros(groups)
+
+    def add(self, values: npt.NDArray[np.float32]) -> None:
+        """Take in a tile [1, C, h, w]."""
+        grouped = values.reshape(self._groups, -1)
+        count = grouped.shape[1]
+        mean, squares = np.empty(self._groups), np.empty(self._groups)
+        # One group at a time: the differences then need little memory.
+        for group, row in enumerate(grouped):
+            mean[group] = row.mean(dtype=np.float64)
+            difference = row - np.float32(mean[group])
+            # The mean was rounded to float32 before it was taken off: what that adds is known exactly.
+            squares[group] = np.dot(difference, difference) - count * (mean[group] - np.float32(mean[group])) ** 2
+        total = self._count + count
+        shift = mean - self._mean
+        self._mean += shift * (count / total)
+        self._squares += squares + shift**2 * (self._count * count / total)
+        self._count = total
+
+    def extrapolated(self, others: Sequence[GroupMoments], weights: Sequence[float]) -> GroupMoments:
+        """Moments whose mean and mean square are the weighted sums of those of `others`.
+
+        Where a variance came out below half of this one's own, which extrapolation cannot mean, this one's is kept.
+        """
+        mean = sum((w * o._mean for w, o in zip(weights, others, strict=True)), np.zeros(self._groups))
+        own = self._squares / self._count
+        square = sum(
+            (w * (o._squares / o._count + o._mean**2) for w, o in zip(weights, others, strict=True)),
+            np.zeros(self._groups),
+        )
+        variance = square - mean**2
+        made = GroupMoments(self._groups)
+        made._count, made._mean, made._squares = 1, mean, np.where(variance > own / 2, variance, own)
+        return made
+
+    def result(self, channels: int, epsilon: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """(mean, 1 / sqrt(variance + epsilon)), each float32 [channels, 1, 1]."""
+        repeats = channels // self._groups
+        reciprocal = 1.0 / np.sqrt(self._squares / self._count + epsilon)
+        mean, std = (np.repeat(v, repeats).astype(np.float32)[:, None, None] for v in (self._mean, reciprocal))
+        return mean, std
