@@ -82,7 +82,7 @@ KERNELS.update({name: _bind_unary(function) for name, function in _UNARY.items()
 
 def _sigmoid(x: Array) -> Array:
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+    return np.asarray(np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32))
 
 
 @cache
@@ -102,18 +102,18 @@ def _erf(x: Array) -> Array:
     cubic = a + t * (
         slopes[i] + t * (3 * (b - a) - 2 * slopes[i] - slopes[i + 1] + t * (2 * (a - b) + slopes[i] + slopes[i + 1]))
     )
-    return np.copysign(cubic, x).astype(np.float32)
+    return np.asarray(np.copysign(cubic, x).astype(np.float32))
 
 
 @kernel("gelu")
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """x Φ(x), or one of its two approximations."""
     if mode == "EXACT":
-        return x * (1 + _erf(x * np.float32(math.sqrt(0.5)))) / 2
+        return np.asarray(x * (1 + _erf(x * np.float32(math.sqrt(0.5)))) / 2)
     if mode == "TANH_APPROXIMATION":
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-        return x * (1 + np.tanh(inner)) / 2
-    return x * _sigmoid(np.float32(1.702) * x)
+        return np.asarray(x * (1 + np.tanh(inner)) / 2)
+    return np.asarray(x * _sigmoid(np.float32(1.702) * x))
 
 
 @kernel("log")
@@ -137,7 +137,7 @@ def inverse(x: Array, epsilon: float = 1e-4) -> Array:
 @kernel("clip")
 def clip(x: Array, alpha: Any, beta: Any) -> Array:
     """Limits on both sides."""
-    return np.clip(x, np.float32(alpha), np.float32(beta))
+    return np.asarray(np.clip(x, np.float32(alpha), np.float32(beta)))
 
 
 @kernel("select")
@@ -169,7 +169,7 @@ KERNELS["reduce_min"] = _reduction(np.min)
 def softmax(x: Array, axis: Any = -1) -> Array:
     """exp(x - max) over its sum."""
     e = np.exp(x - x.max(axis=int(axis), keepdims=True))
-    return e / e.sum(axis=int(axis), keepdims=True)
+    return np.asarray(e / e.sum(axis=int(axis), keepdims=True))
 
 
 @kernel("layer_norm")
@@ -181,14 +181,14 @@ def layer_norm(x: Array, axes: Any, gamma: Any = None, beta: Any = None, epsilon
     variance = np.mean(np.square(centred), axis=over, keepdims=True, dtype=np.float64)
     y = centred * (1 / np.sqrt(variance + float(epsilon))).astype(np.float32)
     y = y if gamma is None else y * gamma
-    return y if beta is None else y + beta
+    return np.asarray(y if beta is None else y + beta)
 
 
 @kernel("linear")
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x Wᵀ + bias, with W [out, in]."""
     y = x @ weight.T
-    return y if bias is None else y + bias
+    return np.asarray(y if bias is None else y + bias)
 
 
 @kernel("matmul")
@@ -196,7 +196,7 @@ def matmul(x: Array, y: Array, transpose_x: Any = False, transpose_y: Any = Fals
     """Batched product."""
     left = x.swapaxes(-1, -2) if transpose_x else x
     right = y.swapaxes(-1, -2) if transpose_y else y
-    return left @ right
+    return np.asarray(left @ right)
 
 
 @kernel("scaled_dot_product_attention")
@@ -354,7 +354,7 @@ def slice_by_index(
         first = None if begin_mask is not None and bool(begin_mask[i]) else int(begin[i])
         last = None if end_mask is not None and bool(end_mask[i]) else int(end[i])
         places.append(slice(first, last, 1 if stride is None else int(stride[i])))
-    return x[tuple(places)]
+    return np.asarray(x[tuple(places)])
 
 
 @kernel("gather")

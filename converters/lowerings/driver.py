@@ -170,11 +170,11 @@ def lower(model: ir.Model, table: Mapping[str, Rule], inputs: Mapping[str, Any],
             arguments.pop()
         for value, result in zip(node.outputs, _evaluate(node, arguments, table, opset, backend), strict=False):
             values[value] = result
-        for value in {*node.inputs}:
-            if value is not None:
-                uses[value] -= node.inputs.count(value)
-                if uses[value] == 0:
-                    values.pop(value, None)
+        for used in {*node.inputs}:
+            if used is not None:
+                uses[used] -= node.inputs.count(used)
+                if uses[used] == 0:
+                    values.pop(used, None)
         for value in node.outputs:
             if uses[value] == 0:
                 values.pop(value, None)

@@ -95,7 +95,7 @@ def _shapes(model: ir.Model, height: int, width: int) -> dict[ir.Value, list[int
     for value in [*model.graph.inputs, *values]:
         if value.shape is None or any(not isinstance(dim, int) for dim in value.shape):
             raise ConversionError(f"{value.name}: its shape at {height}×{width} cannot be inferred")
-        found[value] = [int(dim) for dim in value.shape]  # type: ignore[call-overload]
+        found[value] = [int(dim) for dim in value.shape.numpy()]
     picture.shape = kept_input
     for value, shape in zip(model.graph.outputs, kept_outputs, strict=True):
         value.shape = shape

@@ -104,7 +104,7 @@ class TileRunner:
             InputError: the disk with the scratch files is full.
         """
         extent = Extent(picture.shape[2], picture.shape[3])
-        kept: dict[str, Map] = {self._pieces.input: MemoryMap(0, *picture.shape[2:], array=picture)}
+        kept: dict[str, Map] = {self._pieces.input: MemoryMap(0, extent.height, extent.width, array=picture)}
         self._done, self._total = 0, self._count(program, extent)
         try:
             for number, step in enumerate(program.passes):
