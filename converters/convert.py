@@ -20,6 +20,7 @@ from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
 from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
+from edgedit.converters.mlx import MlxPlan, plan_mlx
 from edgedit.converters.passes.quantize import PRESETS
 from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
@@ -28,7 +29,7 @@ from edgedit.errors import CheckpointError, ConversionError
 __all__ = ["TARGETS", "ArtefactReport", "ComponentReport", "ConversionReport", "convert"]
 
 #: Backends that `to` may name.
-TARGETS = ("onnx", "coreml")
+TARGETS = ("onnx", "coreml", "mlx")
 #: Components with fewer weight bytes are run after they are written, to measure their agreement. Running a larger one
 #: takes more memory than converting it; `edgedit verify` and `measure=True` do it on request.
 MEASURE_BELOW = 256 << 20
@@ -97,8 +98,8 @@ class _Job:
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     parity: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
     sizes: dict[str, int] = field(default_factory=dict)
+    precisions: dict[str, str] = field(default_factory=dict)
 
     @property
     def section(self) -> Section:
@@ -109,6 +110,10 @@ class _Job:
     def parameters(self) -> int:
         return sum(math.prod(ref.shape) for key, ref in self.source.tensors.items() if key not in dict(self.dropped))
 
+    def is_measured(self, asked: bool | None) -> bool:
+        """Whether its agreement is recorded: when that is asked for, or nothing is said and it is small."""
+        return bool(asked) or (asked is None and 4 * self.parameters < MEASURE_BELOW)
+
 
 def convert(
     source: str | Path,
@@ -118,6 +123,7 @@ def convert(
     dtype: str = "fp32",
     sizes: Sequence[tuple[int, int]] | None = None,
     coreml: CoremlOptions | None = None,
+    mlx_weights: str | None = None,
     components: Sequence[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -135,10 +141,13 @@ def convert(
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
         dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8" or "w4" for weights in so
-            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well. Core ML takes fp32 and fp16, and
-            computes in float16 where it can.
-        sizes: (width, height) in pixels that fixed shapes are made for (Core ML); the model's own by default.
+            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well. Core ML and MLX take fp32 and
+            fp16; Core ML computes in float16 where it can, and MLX in a transformer.
+        sizes: (width, height) in pixels that fixed shapes are made for: packages of Core ML, by default of the model's
+            own size, and functions of MLX (`.mlxfn`), by default none.
         coreml: how Core ML packages are made.
+        mlx_weights: quantize the matrices of the transformer and the text encoder for MLX: "q2" to "q8" with "-g32",
+            "-g64" or "-g128" after it, "mxfp4", "mxfp8" or "nvfp4"; None leaves them in `dtype`.
         components: bundle components to convert ("transformer", "text_encoder", "decoder", "encoder"); all by default.
         revision, offline, variant: which files of the source to take; see `open_checkpoint`.
         name: the model's name in the manifest; the bundle's file name by default.
@@ -164,8 +173,14 @@ def convert(
         raise ConversionError(f"no target given; choose from: {', '.join(TARGETS)}")
     if "coreml" in to and dtype in PRESETS:
         raise ConversionError(f"dtype {dtype} is for ONNX; for Core ML choose fp16 and quantized Core ML weights")
-    if "coreml" not in to and (sizes or coreml):
-        raise ConversionError("sizes and Core ML options need the target coreml; add it to the targets")
+    if "mlx" in to and dtype in PRESETS:
+        raise ConversionError(f"dtype {dtype} is for ONNX; for MLX choose fp16 and quantized MLX weights")
+    if "coreml" not in to and coreml:
+        raise ConversionError("Core ML options need the target coreml; add it to the targets")
+    if "mlx" not in to and mlx_weights is not None:
+        raise ConversionError("MLX weights need the target mlx; add it to the targets")
+    if sizes and not {"coreml", "mlx"} & set(to):
+        raise ConversionError("sizes need the target coreml or mlx; add it to the targets")
     checkpoint = open_checkpoint(source, revision=revision, offline=offline, variant=variant)
     jobs = _plan(checkpoint, components)
     family = _family(checkpoint, jobs)
@@ -174,17 +189,25 @@ def convert(
     notes = [*checkpoint.notes]
     names = [job.name for job in jobs]
     options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
-    plan = None
+    plan, mlx = None, None
+    planned = {job.name: job.component for job in jobs}
     if "coreml" in to:
-        plan = plan_coreml(checkpoint, family, {job.name: job.component for job in jobs}, tokenizer, sizes, coreml)
+        plan = plan_coreml(checkpoint, family, planned, tokenizer, sizes, coreml)
         options["coreml"] = plan.as_dict()
+    if "mlx" in to:
+        mlx = plan_mlx(checkpoint, family, planned, tokenizer, sizes, mlx_weights)
+        options["mlx"] = mlx.as_dict()
+    for job in jobs:
+        job.precisions = dict.fromkeys(to, dtype)
+        if mlx is not None:
+            job.precisions["mlx"] = mlx.precision(job.name, dtype)
     if dry_run:
-        return _report(None, family, checkpoint, jobs, notes, started, dict.fromkeys(to, dtype))
+        return _report(None, family, checkpoint, jobs, notes, started)
 
     with BundleWriter(bundle, overwrite=overwrite) as writer:
         preview = None
         for job in jobs:
-            forms = _lower(job, writer.root, to, dtype, plan, _counter(job.name, on_progress))
+            forms = _lower(job, writer.root, to, dtype, plan, mlx, measure, _counter(job.name, on_progress))
             fitted = _measure(job, writer.root, forms, plan, measure, own=dtype == "fp32")
             preview = fitted or preview
             notes += job.notes
@@ -206,7 +229,7 @@ def convert(
             options=options,
         )
         writer.finish(manifest)
-    return _report(Path(bundle), family, checkpoint, jobs, notes, started, dict.fromkeys(to, dtype))
+    return _report(Path(bundle), family, checkpoint, jobs, notes, started)
 
 
 def _lower(
@@ -215,6 +238,8 @@ def _lower(
     to: Sequence[str],
     dtype: str,
     plan: CoremlPlan | None,
+    mlx: MlxPlan | None,
+    measure: bool | None,
     on_tensor: Callable[[int, int], None] | None,
 ) -> dict[str, list[Opener]]:
     """Write a component for every target; what opens each form again. A lowering takes its graph apart."""
@@ -227,7 +252,11 @@ def _lower(
                 stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
                 written = write_pieces(root, job.name, written, stride)
             forms[target], job.artefacts[target] = onnx_sessions(root, written), written
-        elif plan is not None:
+        elif target == "mlx" and mlx is not None:
+            job.artefacts[target], forms[target] = mlx.write(
+                job.component, model, root, dtype=dtype, check=job.is_measured(measure), on_tensor=on_tensor
+            )
+        elif target == "coreml" and plan is not None:
             package, openers = plan.write(job.component, model, root, dtype=dtype)
             forms[target], job.artefacts[target] = openers, package
     return forms
@@ -248,9 +277,8 @@ def _measure(
     """
     sizes = plan.reference_sizes(job.name) if plan is not None and plan.measured(measure) else None
     run = {backend: opened for backend, opened in forms.items() if backend != "coreml" or sizes is not None}
-    small = 4 * job.parameters < MEASURE_BELOW
     preview = None
-    if run and (measure or (measure is None and small)):
+    if run and job.is_measured(measure):
         fresh = None if own and "onnx" in run else _canonical(job.source, job.name)[1]
         job.parity = measure_forms(root, job.component, run, fresh, sizes)
         if job.name == "decoder":
@@ -263,7 +291,7 @@ def _measure(
         reference.save(
             root / "reference" / f"{job.name}.npz", reference.reference_inputs(job.component, **(sizes or {})), {}
         )
-    if measure is None and not small:
+    if measure is None and not job.is_measured(None):
         job.notes.append(f"{job.name}: agreement not measured (over 256 MiB); measure with: edgedit convert --measure")
     elif measure is None and len(run) < len(forms):
         job.notes.append(
@@ -280,7 +308,6 @@ def _report(
     jobs: list[_Job],
     notes: list[str],
     started: float,
-    precisions: Mapping[str, str],
 ) -> ConversionReport:
     return ConversionReport(
         bundle=bundle,
@@ -298,14 +325,14 @@ def _report(
                 parity=artefacts[0].parity,
                 artefacts=artefacts,
             )
-            for job, artefacts in ((job, _artefacts(job, precisions)) for job in jobs)
+            for job, artefacts in ((job, _artefacts(job)) for job in jobs)
         ],
         notes=notes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _artefacts(job: _Job, precisions: Mapping[str, str]) -> list[ArtefactReport]:
+def _artefacts(job: _Job) -> list[ArtefactReport]:
     return [
         ArtefactReport(
             backend,
@@ -313,7 +340,7 @@ def _artefacts(job: _Job, precisions: Mapping[str, str]) -> list[ArtefactReport]
             job.sizes.get(backend, 0),
             job.parity.get(backend),
         )
-        for backend, precision in precisions.items()
+        for backend, precision in job.precisions.items()
     ]
 
 

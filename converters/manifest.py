@@ -21,6 +21,9 @@ from edgedit.schedules import own_steps, schedule_config_from_diffusers
 
 __all__ = ["Section", "Written", "describe", "guidance_of"]
 
+#: Backend → the package that writes its artefacts.
+_WRITTEN_BY = {"coreml": "coremltools", "mlx": "mlx"}
+
 
 class Artefact(Protocol):
     """What a lowering says that it wrote; paths are relative to the bundle."""
@@ -97,10 +100,16 @@ def describe(
             "options": dict(options),
             "versions": {
                 "edgedit": __version__,
-                **{p: metadata.version(p) for p in ("onnx", "onnx-ir", "onnxscript", "numpy")},
+                **{p: metadata.version(p) for p in ("onnx", "onnx-ir", "onnxscript", "numpy", *_libraries(sections))},
             },
         },
     }
+
+
+def _libraries(sections: Mapping[str, Section]) -> list[str]:
+    """Packages that wrote artefacts of their own backend."""
+    backends = {backend for section in sections.values() for backend in section.written}
+    return [package for backend, package in _WRITTEN_BY.items() if backend in backends]
 
 
 def _component(section: Section) -> dict[str, Any]:
@@ -125,6 +134,7 @@ def _artefact(written: Written) -> dict[str, Any]:
         "parity": None if written.parity is None else dict(written.parity),
         "tiles": getattr(artefact, "tiles", None),
         **_functions(artefact),
+        **_exported(artefact),
     }
 
 
@@ -135,6 +145,13 @@ def _functions(artefact: Artefact) -> dict[str, Any]:
     listed = [{"name": f.name if named else None, "sizes": dict(f.dims)} for f in functions]
     islands = Counter(getattr(artefact, "islands", {}).values())
     return {"functions": listed, "islands": dict(islands)} if listed else {}
+
+
+def _exported(artefact: Artefact) -> dict[str, Any]:
+    exported = getattr(artefact, "exported", None)
+    if exported is None:
+        return {}
+    return {"exported": {"path": exported.path, "sizes": [dict(one) for one in exported.sizes]}}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

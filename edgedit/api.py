@@ -31,6 +31,7 @@ def load(
     low_ram: bool | None = None,
     use_cache: bool = True,
     graph_cache: bool = False,
+    memory_limit: int | None = None,
     interpreter: bool = False,
     emulate_fp16: bool = False,
     compute_units: str | None = None,
@@ -41,12 +42,14 @@ def load(
 
     Args:
         source: path of a bundle, or "builtin" for the embedded model.
-        backend: "auto" or a runtime's name ("onnx", "coreml").
+        backend: "auto" or a runtime's name ("onnx", "coreml", "mlx").
         threads: worker threads within an operator; None lets the backend choose.
-        providers: ONNX Runtime execution providers, short names or full ones; the CPU by default.
+        providers: ONNX Runtime execution providers, short names or full ones, by default the CPU; for MLX "gpu" or
+            "cpu", by default the GPU where there is one.
         low_ram: keep one component in memory at a time; None decides by the free memory.
         use_cache: keep embeddings of large text encoders on disk between runs.
         graph_cache: keep optimised graphs on disk; opening is faster, and the cache takes as much room as the weights.
+        memory_limit: bytes that MLX should stay within; no other backend has such a limit.
         interpreter: evaluate Core ML programs with numpy, on any OS.
         emulate_fp16: have the interpreter round to float16 where the programs say so.
         compute_units: what Core ML may use: "all" (the default), "cpu", "gpu" or "ne".
@@ -63,6 +66,7 @@ def load(
         threads=threads,
         providers=tuple(providers) if providers else None,
         graph_cache=cache_dir() / "graphs" if graph_cache else None,
+        memory_limit=memory_limit,
         interpreter=interpreter,
         emulate_fp16=emulate_fp16,
         compute_units=compute_units,
@@ -84,6 +88,7 @@ def convert(
     dtype: str = "fp32",
     sizes: Sequence[tuple[int, int]] | None = None,
     coreml: CoremlOptions | None = None,
+    mlx_weights: str | None = None,
     components: Sequence[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -102,6 +107,7 @@ def convert(
         dtype=dtype,
         sizes=sizes,
         coreml=coreml,
+        mlx_weights=mlx_weights,
         components=components,
         revision=revision,
         offline=offline,

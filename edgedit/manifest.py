@@ -13,6 +13,7 @@ __all__ = [
     "Artefact",
     "Component",
     "Conditioning",
+    "Exported",
     "FileEntry",
     "Function",
     "FusedGraph",
@@ -71,6 +72,14 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
+class Exported:
+    """A component as an `.mlxfn` file: one function for each of `sizes`, which give every named size of the inputs."""
+
+    path: str
+    sizes: tuple[Mapping[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Artefact:
     """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs.
 
@@ -85,6 +94,7 @@ class Artefact:
     parity: Parity | None
     functions: tuple[Function, ...] = ()
     tiles: str | None = None
+    exported: Exported | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from edgedit.manifest import (
     Artefact,
     Component,
     Conditioning,
+    Exported,
     FileEntry,
     Function,
     FusedGraph,
@@ -82,6 +83,7 @@ def check_references(manifest: Manifest, source: str) -> None:
                     place.at("files").fail(f"{path} is not listed in the files of the manifest")
             graphs = [artefact.graph, *([artefact.fused_graph.path] if artefact.fused_graph else [])]
             graphs += [artefact.tiles] if artefact.tiles else []
+            graphs += [artefact.exported.path] if artefact.exported else []
             for graph in graphs:
                 if not any(path == graph or path.startswith(graph + "/") for path in artefact.files):
                     place.fail(f"the graph {graph} is not among the artefact's files")
@@ -134,7 +136,16 @@ def _artefact(node: JsonNode) -> Artefact:
         if "functions" in node.members()
         else (),
         tiles=node.at("tiles").nullable(_path) if "tiles" in node.members() else None,
+        exported=_exported(node.at("exported")) if "exported" in node.members() else None,
     )
+
+
+def _exported(node: JsonNode) -> Exported:
+    sizes = tuple(
+        {name: part.integer(minimum=1) for name, part in entry.items(_NAME, _NAME_WORDS, minimum=1)}
+        for entry in node.at("sizes").elements(minimum=1)
+    )
+    return Exported(_path(node.at("path")), sizes)
 
 
 def _function(node: JsonNode) -> Function:

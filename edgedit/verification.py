@@ -20,6 +20,9 @@ __all__ = ["TOLERANCES", "ComponentCheck", "PictureCheck", "VerificationReport",
 #: Relative L2 that a component may be off its canonical fp32 graph, by precision of its weights.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.1, "w8": 0.1, "w8a8": 0.2, "w4": 0.5}
 
+#: Weights of any other precision are as far off as they were at conversion, this much of it again, and this much more.
+QUANTIZED_SLACK, QUANTIZED_MORE = 0.25, 2e-2
+
 
 @dataclass(frozen=True)
 class ComponentCheck:
@@ -133,11 +136,11 @@ def _runtimes(
     """The backends to check; of "all", those that this machine has not are left out with a note."""
     base = import_module("edgedit.runtimes.base")
     there = {name for part in bundle.manifest.components.values() for name in part.artefacts}
-    found = []
+    found, missing = [], None
     for name in [n for n in base.RUNTIMES if n in there] if backend == "all" else [backend]:
         own = name == "coreml" or backend != "all"
         options = base.RuntimeOptions(
-            threads=None if name == "coreml" else threads,
+            threads=threads if name == "onnx" or backend != "all" else None,
             interpreter=interpreter and own,
             emulate_fp16=emulate_fp16 and own,
         )
@@ -146,13 +149,18 @@ def _runtimes(
         except RuntimeUnavailableError as error:
             if backend != "all":
                 raise
+            missing = error
             notes.append(f"{name}: not checked: {error}")
+    if not found and missing is not None:
+        raise missing
     return found
 
 
 def _check(bundle: Bundle, runtime: Any, name: str) -> ComponentCheck:
-    precision = bundle.artefact(name, runtime.name).precision
-    tolerance = TOLERANCES.get(precision, 1.0)
+    artefact = bundle.artefact(name, runtime.name)
+    precision, tolerance = artefact.precision, TOLERANCES.get(artefact.precision, 1.0)
+    if precision not in TOLERANCES and artefact.parity is not None:
+        tolerance = min(tolerance, (1 + QUANTIZED_SLACK) * artefact.parity.relative_l2 + QUANTIZED_MORE)
     against = "canonical fp32 graph, recorded at conversion"
     recorded = _reference(bundle, name)
     agreement = None

@@ -51,7 +51,7 @@ class RuntimeOptions:
 
     Attributes:
         threads: worker threads within an operator; None lets the backend choose (all physical cores).
-        providers: execution providers by name, most wanted first; None is the CPU.
+        providers: execution providers by name, most wanted first, or MLX's device; None is the CPU, and MLX's GPU.
         graph_cache: folder in which optimised graphs are kept between runs; None keeps none.
         memory_limit: bytes that the backend's allocator should stay within; None leaves its own limit.
         interpreter: evaluate Core ML programs with the numpy interpreter instead of Core ML.
@@ -81,6 +81,7 @@ class RuntimeOptions:
 RUNTIMES = {
     "onnx": "edgedit.runtimes.onnx:OnnxRuntime",
     "coreml": "edgedit.runtimes.coreml:CoremlRuntime",
+    "mlx": "edgedit.runtimes.mlx:MlxRuntime",
 }
 
 
@@ -95,13 +96,16 @@ class Choice:
 def choose_backend(bundle: Bundle) -> Choice:
     """The best backend on this machine that has artefacts for every component of `bundle`.
 
-    On a Mac that is Core ML; anywhere else ONNX Runtime.
+    On a Mac that is Core ML, and without its packages MLX; anywhere else ONNX Runtime, and MLX's CPU build where the
+    bundle has nothing else.
 
     Raises BundleError when no backend has artefacts for every component.
     """
     whole = [name for name in RUNTIMES if _has_whole(bundle, name)]
     if "coreml" in whole and sys.platform == "darwin":
         return Choice("coreml", "Core ML has the GPU and the Neural Engine of this Mac")
+    if "mlx" in whole and importlib.import_module("edgedit.runtimes.mlx").has_gpu():
+        return Choice("mlx", "MLX has a GPU on this machine")
     if whole:
         only = "the bundle was converted for nothing else" if len(whole) == 1 else "the fastest on a CPU"
         return Choice(whole[0], only)

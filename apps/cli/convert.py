@@ -27,7 +27,7 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write, NAME.edgedit.")],
     to: Annotated[
         list[str] | None,
-        typer.Option(metavar="A,B", help="Backends to convert for: onnx, coreml.", show_default="onnx"),
+        typer.Option(metavar="A,B", help="Backends to convert for: onnx, coreml, mlx.", show_default="onnx"),
     ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Weights: fp32, fp16, w8, w4, or w8a8 (int8 arithmetic too).")
@@ -36,8 +36,8 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="WxH",
-            help="Picture size that Core ML packages are made for; repeat for more, which share their weights.",
-            show_default="the model's own",
+            help="Picture size for Core ML packages and for MLX functions without Python; repeat for more.",
+            show_default="Core ML: the model's own, MLX: none",
         ),
     ] = None,
     coreml_target: Annotated[
@@ -52,6 +52,14 @@ def convert(
         typer.Option(
             metavar="FORM",
             help="Weights of transformer and text encoder for Core ML: int8, int4, palette1 to palette8.",
+            show_default="as --dtype",
+        ),
+    ] = None,
+    mlx_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Quantize matrices for MLX: q2 to q8, -g32, -g64 or -g128 after it; mxfp4, mxfp8, nvfp4.",
             show_default="as --dtype",
         ),
     ] = None,
@@ -111,6 +119,7 @@ def convert(
             dtype=dtype,
             sizes=[_size(text) for text in size] if size else None,
             coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
+            mlx_weights=mlx_weights,
             components=None if components is None else _names("--components", components),
             revision=revision,
             offline=offline,

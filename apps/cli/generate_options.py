@@ -164,15 +164,15 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Settings, times and memory too.", rich_help_panel=OUTPUT)
 ]
 Backend = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, onnx or coreml.", show_default="auto", rich_help_panel=MACHINE)
+    str, typer.Option(metavar="NAME", help="auto, onnx, coreml or mlx.", show_default="auto", rich_help_panel=MACHINE)
 ]
 Providers = Annotated[
     list[str] | None,
     typer.Option(
         "--provider",
         metavar="NAME",
-        help="ONNX Runtime execution provider (cpu, cuda, dml …); repeat in order of preference.",
-        show_default="cpu",
+        help="ONNX Runtime execution provider (cpu, cuda, dml …), repeat by preference; for MLX gpu or cpu.",
+        show_default="cpu, or MLX's GPU",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -20,7 +20,7 @@ FAILED = 1
 
 def verify(
     bundle: Annotated[str, typer.Argument(help="builtin, a bundle's path, or the name of one at hand.")],
-    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, onnx, coreml or all.")] = "auto",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, onnx, coreml, mlx or all.")] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", metavar="N", help="Threads.", show_default="all cores")
     ] = None,

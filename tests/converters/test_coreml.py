@@ -117,7 +117,7 @@ def test_half_precision_without_onnx_has_a_preview_and_agrees(saved_pipeline: Sa
     ("options", "message"),
     [
         ({"to": ("coreml",), "sizes": [(18, 16)]}, "size 18x16: both sides must be multiples of"),
-        ({"to": ("onnx",), "sizes": [(16, 16)]}, "need the target coreml"),
+        ({"to": ("onnx",), "sizes": [(16, 16)]}, "need the target coreml or mlx"),
         ({"to": ("tpu",)}, "unknown target 'tpu'; choose from: onnx, coreml"),
         ({"to": ("coreml",), "sizes": [(16, 16)], "components": ("transformer",)}, "need the autoencoder"),
     ],

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import mlx_blas  # noqa: F401  (before MLX)
 import numpy as np
 import pytest
 import torch
@@ -64,3 +65,20 @@ def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit
         assert error <= 1e-4, (prompt, seed)
         wanted = np.asarray(reference.image_processor.postprocess(picture, output_type="pil")[0], np.int16)
         assert np.abs(np.asarray(result.images[0], np.int16) - wanted).max() <= 2, (prompt, seed)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_mlx_draws_the_pictures_that_onnx_runtime_draws(dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    edgedit.convert(CHECKPOINT, tmp_path / "whole.edgedit", measure=False)
+    edgedit.convert(CHECKPOINT, tmp_path / "mlx.edgedit", to=("mlx",), dtype=dtype, measure=False)
+    seed, pictures = random.randrange(2**31), []
+    for folder, backend in (("whole.edgedit", "onnx"), ("mlx.edgedit", "mlx")):
+        with edgedit.load(tmp_path / folder, backend, use_cache=False) as drawing:
+            result = drawing.generate("three small yellow stars", seed=seed, steps=4)
+        pictures.append(np.asarray(result.images[0], np.float64))
+    difference = pictures[1] - pictures[0]
+    if dtype == "fp32":
+        assert np.abs(difference).max() <= 2, seed
+    else:
+        assert 10 * np.log10(255**2 / np.square(difference).mean()) >= 45, seed
