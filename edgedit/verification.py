@@ -58,7 +58,7 @@ class VerificationReport:
     @property
     def passed(self) -> bool:
         """Whether every component and picture that could be checked agrees."""
-        return all(check.passed for check in [*self.components, *self.pictures])
+        return all(check.passed for check in self.components) and all(check.passed for check in self.pictures)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

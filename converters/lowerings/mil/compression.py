@@ -30,7 +30,7 @@ class Scaled:
     def dense(self) -> np.ndarray:
         """The weight that is computed with, float32."""
         block = self.codes.shape[1] // self.scale.shape[1]
-        return self.codes.astype(np.float32) * np.repeat(self.scale, block, axis=1)
+        return np.asarray(self.codes.astype(np.float32) * np.repeat(self.scale, block, axis=1))
 
 
 @dataclass(frozen=True)
