@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 import sys
 from pathlib import Path
 
 from edgedit.errors import InputError
 
-__all__ = ["available_cores", "available_memory", "cache_dir", "parse_memory", "peak_memory", "resident_memory"]
+__all__ = [
+    "available_cores",
+    "available_memory",
+    "cache_dir",
+    "parse_memory",
+    "peak_memory",
+    "resident_memory",
+    "return_large_blocks",
+]
+
+_M_MMAP_THRESHOLD = -3
 
 
 def available_cores() -> int:
@@ -70,6 +82,16 @@ def parse_memory(text: str | int) -> int:
     unit = (found[2] or "").upper()
     base = 1024 if unit.endswith("I") else 1000
     return int(float(found[1]) * base ** (" KMGT".index(unit[0]) if unit else 0))
+
+
+def return_large_blocks() -> None:
+    """Make the C library give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    glibc raises that limit to 32 MiB as a program runs and keeps freed blocks below it: the peak of a decoder whose
+    maps were 16 MiB each was nine times as high. Does nothing with other C libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def peak_memory() -> int | None:

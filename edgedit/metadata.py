@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from edgedit.errors import InputError
@@ -61,7 +62,13 @@ def encode_image(image: Image.Image, path: str | Path, recipe: Mapping[str, obje
     kind = FORMATS.get(path.suffix.lower())
     buffer = BytesIO()
     if kind == "PNG":
-        image.save(buffer, "PNG", pnginfo=png_chunks(recipe))
+        from edgedit.png_rows import PngRows
+
+        # The same writer as for a picture that comes in bands, so that its bytes do not depend on how it came.
+        whole = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+        rows = PngRows(buffer, *whole.size, recipe)
+        rows.pixels(0, np.asarray(whole).reshape(whole.height, whole.width, -1))
+        rows.finish()
     elif kind == "JPEG":
         exif = _exif(recipe)
         if len(exif) > _LARGEST_EXIF:

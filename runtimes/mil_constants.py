@@ -25,7 +25,7 @@ def blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None
     values = data.astype(np.float32)
     if offset is not None:
         values -= _spread(offset.astype(np.float32), data.shape)
-    return np.asarray((values * _spread(scale.astype(np.float32), data.shape)).astype(scale.dtype))
+    return np.asarray(values * _spread(scale.astype(np.float32), data.shape), scale.dtype)
 
 
 def affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, axis: Any) -> Array:

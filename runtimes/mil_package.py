@@ -92,7 +92,7 @@ def unpack(data: bytes, kind: MilType) -> np.ndarray:
     values = (bits << np.arange(width, dtype=np.uint8)).sum(1, dtype=np.uint8)
     if kind.dtype == "int4":
         values = ((values ^ 8).astype(np.int8) - 8).astype(np.int8)
-    return np.asarray(values.reshape(kind.shape))
+    return np.asarray(values).reshape(kind.shape)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class OnnxSession:
             # The arena keeps every block it ever needed: an autoencoder's peak is twice as high with it.
             options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
+            return_large_blocks()
         # Block-quantised weights stay exact: the default level quantises activations to int8 as well.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.label = label

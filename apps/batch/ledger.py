@@ -134,7 +134,7 @@ class Ledger:
     def is_finished(self, index: int) -> bool:
         """Whether picture `index` is drawn and recorded, or no picture at all."""
         row = next(self.rows("SELECT state FROM pictures WHERE idx = ?", index), None)
-        return row is None or row[0] == DONE
+        return row is None or bool(row[0] == DONE)
 
     def claim(self, owner: int, count: int) -> list[Picture]:
         """Take up to `count` pending pictures, those of one group together, retried ones last."""

@@ -159,15 +159,19 @@ class LocalAttention(SelfAttention):
         return list(op.Split(x, axis=-1, num_outputs=self.heads, _outputs=self.heads))
 
     def _shapes(self, op: Op, batch: Value, pooled: Sequence[Value]) -> tuple[Value, Value, Value, Value]:
-        """One head's query, key and value as the batches of an attention, and its result with the tiles joined."""
+        """One head's query, key and value as the batches of an attention, and its result with the tiles joined.
+
+        [B · tiles, 1, …]: with an axis of heads, since ONNX's shape inference takes a value that is narrower than the
+        key for one of a fraction of a head.
+        """
         tile, channels = _tile(self.radius), self.head_dim
         keys = int64s(op, (tile + 2 * (self.radius - 1)) ** 2)
         if pooled:
             keys = op.Add(keys, op.Shape(pooled[0], start=1, end=2))
         return (
-            int64s(op, -1, tile * tile, channels + 1),
-            op.Concat(int64s(op, -1), keys, int64s(op, channels + 1), axis=0),
-            op.Concat(int64s(op, -1), keys, int64s(op, channels), axis=0),
+            int64s(op, -1, 1, tile * tile, channels + 1),
+            op.Concat(int64s(op, -1, 1), keys, int64s(op, channels + 1), axis=0),
+            op.Concat(int64s(op, -1, 1), keys, int64s(op, channels), axis=0),
             op.Concat(batch, int64s(op, -1, channels), axis=0),
         )
 
@@ -182,7 +186,7 @@ class LocalAttention(SelfAttention):
         if far:
             k, v = (self._append(op, near, pooled) for near, pooled in zip((k, v), far, strict=True))
         q, k, v = (op.Reshape(part, shape) for part, shape in zip((q, k, v), shapes, strict=False))
-        y = op.Attention(q, k, v, bias, q_num_heads=1, kv_num_heads=1, scale=self.head_dim**-0.5)
+        y = op.Attention(q, k, v, bias, scale=self.head_dim**-0.5)
         return op.Gather(op.Reshape(y, shapes[3]), windows.tokens, axis=1)
 
     def _append(self, op: Op, near: Value, far: Value) -> Value:

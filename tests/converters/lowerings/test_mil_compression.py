@@ -46,11 +46,10 @@ def test_a_palette_is_as_good_as_k_means_of_another_library(bits: int) -> None:
     assert error <= 1.05 * float(np.mean(distances**2)) + 1e-9
 
 
-def test_a_palette_for_each_group_of_outputs_is_closer_than_one_for_all() -> None:
+def test_small_outputs_lose_less_when_groups_have_palettes_of_their_own() -> None:
     original = weight(32, 64) * np.linspace(0.1, 5, 32, dtype=np.float32)[:, None]
-    errors = [
-        np.mean((parse_form(name).compress(original).dense() - original) ** 2) for name in ("palette4", "palette4-g8")
-    ]
+    forms = [parse_form(name) for name in ("palette4", "palette4-g8")]
+    errors = [np.mean((form.compress(original).dense() - original)[:8] ** 2) for form in forms]
     assert errors[1] < 0.7 * errors[0]
 
 
