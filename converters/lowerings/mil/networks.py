@@ -197,5 +197,5 @@ def _resize_matrix(node: NodeInfo, size: int, factor: float) -> np.ndarray:
     graph = onnx.helper.make_graph([resized], "resize", [value], [out], [scales])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
     units = np.eye(size, dtype=np.float32).reshape(size, 1, size, 1)
-    result = np.asarray(list(ReferenceEvaluator(model).run(None, {"x": units}))[0])
+    result = np.asarray(next(iter(ReferenceEvaluator(model).run(None, {"x": units}))))
     return np.ascontiguousarray(result.reshape(size, -1).T)
