@@ -143,4 +143,4 @@ def _reciprocals(frequency: np.ndarray) -> np.ndarray:
     guess = np.float32(1) / frequency
     around = np.stack([np.nextafter(guess, np.float32(0)), guess, np.nextafter(guess, np.float32(np.inf))])
     best = np.abs(np.float32(1) / around - frequency).argmin(0)
-    return np.take_along_axis(around, best[None], 0)[0]
+    return np.asarray(np.take_along_axis(around, best[None], 0)[0])

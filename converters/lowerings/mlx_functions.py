@@ -52,7 +52,7 @@ def export(
         ConversionError: a size is missing, or the file, read back, does not give what it was written from.
     """
     description = read(graph)
-    arrays = mx.load(str(weights))
+    arrays: Any = mx.load(str(weights))
     names = [spec.name for spec in inputs]
     programs: dict[tuple[tuple[int, ...], ...], Program] = {}
     examples: list[list[Any]] = []
@@ -79,7 +79,7 @@ def export(
             exporter(*example, **arrays)
     if not check:
         return
-    again = mx.import_function(str(target))
+    again: Any = mx.import_function(str(target))
     for example in examples:
         wanted, found = run(*example, **arrays), again(*example, **arrays)
         if not all(mx.array_equal(a, b, equal_nan=True).item() for a, b in zip(wanted, found, strict=True)):
@@ -90,5 +90,5 @@ def _example(spec: TensorLike, shape: tuple[int, ...]) -> np.ndarray:
     """Values that every component takes, none of them equal: what is compared must not be blind to a transposition."""
     count = np.arange(int(np.prod(shape)))
     if spec.dtype.startswith("int"):
-        return (count % 7 % 2 if "mask" in spec.name else count % 2).reshape(shape).astype(spec.dtype)
-    return np.sin(1.0 + count).reshape(shape).astype(spec.dtype)
+        return np.asarray((count % 7 % 2 if "mask" in spec.name else count % 2).reshape(shape), spec.dtype)
+    return np.asarray(np.sin(1.0 + count).reshape(shape), spec.dtype)

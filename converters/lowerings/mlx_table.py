@@ -306,7 +306,8 @@ def _pad(values: Values, node: NodeInfo, x: Any, pads: Any, value: Any = None, a
     if min(min(pair) for pair in widths) < 0:
         raise ValueError("negative padding")
     fill = 0 if value is None else dense(value).item()
-    return mx.pad(array, widths, mode=mode, constant_values=fill) if mode == "constant" else mx.pad(array, widths, mode)
+    padded: Any = mx.pad  # its stubs know modes as literals only
+    return padded(array, widths, mode=mode, constant_values=fill) if mode == "constant" else padded(array, widths, mode)
 
 
 def _range(values: Values, node: NodeInfo, start: Any, end: Any, step: Any) -> Array:

@@ -231,7 +231,8 @@ class _Weight:
 
 
 def _plain_type(dtype: Any) -> str:
-    return _NARROW.get(np.dtype(dtype).name, np.dtype(dtype).name)
+    name = str(np.dtype(dtype).name)
+    return _NARROW.get(name, name)
 
 
 def _in_file(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
