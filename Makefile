@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square on a white background
+SEED ?= 1
 JOBS ?= 2
 
 .PHONY: demo test check-full bench lint format golden clean
 
 demo: $(VENV)/.core
-	$(BIN)/edgedit generate "$(PROMPT)" --output demo.png
+	$(BIN)/edgedit generate "$(PROMPT)" --seed $(SEED) --output demo.png
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" \

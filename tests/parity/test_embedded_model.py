@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import mlx_blas  # noqa: F401  (before MLX)
@@ -14,6 +15,9 @@ from diffusers import DiffusionPipeline
 
 import edgedit
 from edgedit.api import BUILTIN
+from edgedit.converters.training.captions import Claims, GroupClaim, RelationClaim
+from edgedit.converters.training.scene_reader import read_scene
+from edgedit.converters.training.scoring import score_scene
 
 CHECKPOINT = Path(__file__).parent.parent.parent / "models" / "scenes"
 
@@ -39,6 +43,21 @@ def test_the_embedded_bundle_is_what_convert_makes_of_the_checkpoint(tmp_path: P
         if section != "latents":
             assert made[section] == shipped[section]
     assert edgedit.verify(BUILTIN).passed
+
+
+def test_the_picture_of_the_demo_is_what_its_prompt_says(pipe: edgedit.Pipeline) -> None:
+    makefile = (CHECKPOINT.parents[1] / "Makefile").read_text()
+    prompt, seed = (re.search(rf"^{name} \?= (.*)$", makefile, re.MULTILINE) for name in ("PROMPT", "SEED"))
+    assert prompt is not None
+    assert seed is not None
+    picture = pipe.generate(prompt[1], seed=int(seed[1])).images[0]
+    claims = Claims(
+        (GroupClaim(1, "circle", "red", None, None), GroupClaim(1, "square", "blue", None, None)),
+        (RelationClaim(0, "above", 1),),
+        "white",
+    )
+    score = score_scene(read_scene(np.asarray(picture.convert("RGB"))), claims)
+    assert score.all_right, score.wrong
 
 
 def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit.Pipeline) -> None:
