@@ -67,8 +67,8 @@ def parse_memory(text: str | int) -> int:
 def return_large_blocks() -> None:
     """Make the C library give blocks of 1 MiB and more back to the system as soon as they are freed.
 
-    glibc raises that limit to 32 MiB as a program runs and keeps freed blocks below it: the peak of a decoder whose maps
-    were 16 MiB each was nine times as high. Does nothing with other C libraries.
+    glibc raises that limit to 32 MiB as a program runs and keeps freed blocks below it: the peak of a decoder with maps
+    of 16 MiB was nine times as high. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
