@@ -190,7 +190,7 @@ class _Cutter:
         ]
         tokens = [v for _, k, v2 in gathered for v in (k, v2) if v is not None]
         start = 0
-        for stop, last in self._articulations(nodes, boundary | added, [*wanted, *tokens]):
+        for stop, last in self._articulations(nodes, after_tokens=bool(added)):
             made = {v for node in nodes[start:stop] for v in node.outputs}
             outputs = [v for v in wanted + tokens if v in made]
             if last is not None and last not in outputs:
@@ -241,12 +241,10 @@ class _Cutter:
         nodes = tuple(node for node in self.graph if node in needed)
         return nodes, tuple(inputs), tuple(sums)
 
-    def _articulations(
-        self, nodes: Sequence[ir.Node], boundary: set[ir.Value], wanted: Sequence[ir.Value]
-    ) -> list[tuple[int, ir.Value | None]]:
+    def _articulations(self, nodes: Sequence[ir.Node], *, after_tokens: bool) -> list[tuple[int, ir.Value | None]]:
         """Where to cut within a level: (number of nodes before, the one map that goes on), the end last.
 
-        A cut comes before a node that mixes positions, once another such node lies behind.
+        A cut comes before a node that mixes positions, once another such node or attention's tokens lie behind.
         """
         index = {node: i for i, node in enumerate(nodes)}
         last_use: dict[ir.Value, int] = {}
@@ -256,7 +254,7 @@ class _Cutter:
                     last_use[value] = i
         ends: list[tuple[int, ir.Value | None]] = []
         live: set[ir.Value] = set()
-        mixed = False
+        mixed = after_tokens
         candidate: tuple[int, ir.Value] | None = None
         for i, node in enumerate(nodes):
             if is_spatial(node):

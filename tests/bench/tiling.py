@@ -90,7 +90,7 @@ def patchwork(channels: int, height: int, width: int, patches: int = 6) -> np.nd
 
 
 def child(bundle: Path, height: int, width: int, mode: str, tile: int | None, memory: str | None, out: str) -> None:
-    """Decode and print one JSON line: seconds, peak and planned bytes, tiles. The picture goes to `out` if given."""
+    """Decode; print seconds, peak and planned bytes and tiles as JSON. The picture goes to `out` unless empty."""
     from edgedit.bundle import open_bundle
     from edgedit.device import peak_memory, resident_memory
     from edgedit.runtimes.base import RuntimeOptions, open_runtime

@@ -244,3 +244,56 @@ def test_a_model_is_found_by_name_in_the_current_folder_and_in_edgedit_models(
     monkeypatch.setenv("EDGEDIT_MODELS", f"/nonexistent:{bundle.parent}")
     for name in ("tiny", "tiny.edgedit"):
         assert cli("generate", "a cat", "-m", name, "--steps", 1, "-o", "a.png").status == 0
+
+
+def test_a_run_that_dies_while_decoding_is_finished_byte_for_byte(
+    cli: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["a red cat", "-m", bundle, "-s", 3, "--steps", 2, "-W", 48, "-H", 64]
+    assert cli("generate", *flags, "-o", "whole.png").status == 0
+    whole = Path("whole.png").read_bytes()
+    assert not list(Path().glob("*.npz"))
+
+    from edgedit.tiling.run import TileRunner
+
+    finished = TileRunner._finished_tile
+
+    def die(self: TileRunner) -> None:
+        finished(self)
+        if self._done == 3:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TileRunner, "_finished_tile", die)
+        died = cli("generate", *flags, "-o", "whole.png", "--vae-tiling", "exact", "--vae-tile-size", 16)
+    assert died.status == 2
+    assert "edgedit decode whole.latents.npz" in died.err
+    Path("whole.png").unlink()
+    done = cli("decode", "whole.latents.npz", "-m", bundle)
+    assert done.status == 0, done.err
+    assert Path("whole.png").read_bytes() == whole
+    assert not Path("whole.latents.npz").exists()
+
+
+def test_latents_of_a_file_are_decoded(cli: Run, bundle: Path) -> None:
+    flags = ["a red cat", "-m", bundle, "-s", 3, "--steps", 1, "--no-metadata", "--latents-out", "a.npy"]
+    assert cli("generate", *flags, "-o", "a.png").status == 0
+    assert cli("decode", "a.npy", "-m", bundle, "-o", "b.png").status == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("latents", "words"),
+    [
+        (np.zeros((1, 7, 8, 8), np.float32), "latents must be [batch, 4, height, width]"),
+        (np.full((1, 4, 8, 8), np.nan, np.float32), "not numbers"),
+    ],
+    ids=["another-model", "nan"],
+)
+def test_latents_that_cannot_be_decoded_are_one_line(cli: Run, bundle: Path, latents: np.ndarray, words: str) -> None:
+    np.save("a.npy", latents)
+    refused = cli("decode", "a.npy", "-m", bundle)
+    assert refused.status == 2
+    assert words in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+    assert not Path("a.png").exists()

@@ -59,10 +59,12 @@ def test_halos_are_as_wide_as_they_must_be(tiled_model: Get) -> None:
         starved = replace(pieces, stages=(*pieces.stages[:number], less, *pieces.stages[number + 1 :]), _live={})
         made.pieces = lambda component, starved=starved: starved  # type: ignore[method-assign]
         try:
-            found = made.tiled("decoder", array, Program(exact_passes(starved, (), 8, in_file=False)))
+            passes = exact_passes(starved, starved.boundaries[1:-1], 8, in_file=False)
+            found = made.tiled("decoder", array, Program(passes))
         finally:
             del made.pieces
-        assert np.abs(found - wanted).max() > 1e-3, stage.graph
+        # Rounding alone is below 5e-6; how much one pixel weighs depends on the random weights.
+        assert np.abs(found - wanted).max() > 2e-5, stage.graph
 
 
 def test_coarse_moments_come_close(tiled_model: Get) -> None:
