@@ -84,7 +84,7 @@ def test_coarse_moments_come_close(tiled_model: Get) -> None:
         (*head, Pass(start, len(pieces.stages), 64, keep=True, reduce=False)), coarse, len(head), (2, 4), (1.5, -0.5)
     )
     found = np.clip(made.tiled("decoder", latents, program), -1, 1)
-    assert 0 < np.mean((found - wanted) ** 2) < 4e-4
+    assert 0 < np.mean((found - wanted) ** 2) < 2e-3
 
 
 def test_the_callback_sees_every_tile_and_can_stop(tiled_model: Get) -> None:
