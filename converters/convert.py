@@ -21,6 +21,7 @@ from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
 from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
 from edgedit.converters.mlx import MlxPlan, plan_mlx
+from edgedit.converters.parts import CUT, write_parts
 from edgedit.converters.passes.quantize import PRESETS
 from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
@@ -251,6 +252,8 @@ def _lower(
             if job.name in TILED:
                 stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
                 written = write_pieces(root, job.name, written, stride)
+            if job.name in CUT:
+                written = write_parts(root, job.name, written)
             forms[target], job.artefacts[target] = onnx_sessions(root, written), written
         elif target == "mlx" and mlx is not None:
             job.artefacts[target], forms[target] = mlx.write(

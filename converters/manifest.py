@@ -133,6 +133,7 @@ def _artefact(written: Written) -> dict[str, Any]:
         "files": list(artefact.files),
         "parity": None if written.parity is None else dict(written.parity),
         "tiles": getattr(artefact, "tiles", None),
+        "parts": getattr(artefact, "parts", None),
         **_functions(artefact),
         **_exported(artefact),
     }

@@ -44,6 +44,7 @@ class StepState:
         x0: the solver's estimate of the finished latents.
         index: which picture of the run this is, from 0.
         seed: its seed.
+        reused: whether a step cache left blocks out.
         preview: a function that renders `x0` cheaply as a small PIL picture, or None where the bundle has no preview
             factors.
     """
@@ -56,6 +57,7 @@ class StepState:
     x0: np.ndarray
     index: int = 0
     seed: int | None = None
+    reused: bool = False
     preview: Callable[[], object] | None = field(default=None, compare=False)
 
 

@@ -85,6 +85,7 @@ class Artefact:
 
     `functions` are the sizes that it was made for; empty for a graph that takes any.
     `tiles` is the plan (JSON) by which a picture's tiles are computed, None where the component only runs whole.
+    `parts` is the plan (JSON) of the graphs that a transformer is cut into between its blocks, None where it is not.
     """
 
     precision: str
@@ -94,6 +95,7 @@ class Artefact:
     parity: Parity | None
     functions: tuple[Function, ...] = ()
     tiles: str | None = None
+    parts: str | None = None
     exported: Exported | None = None
 
 

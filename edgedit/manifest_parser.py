@@ -82,7 +82,7 @@ def check_references(manifest: Manifest, source: str) -> None:
                 if path not in manifest.files:
                     place.at("files").fail(f"{path} is not listed in the files of the manifest")
             graphs = [artefact.graph, *([artefact.fused_graph.path] if artefact.fused_graph else [])]
-            graphs += [artefact.tiles] if artefact.tiles else []
+            graphs += [plan for plan in (artefact.tiles, artefact.parts) if plan]
             graphs += [artefact.exported.path] if artefact.exported else []
             for graph in graphs:
                 if not any(path == graph or path.startswith(graph + "/") for path in artefact.files):
@@ -136,6 +136,7 @@ def _artefact(node: JsonNode) -> Artefact:
         if "functions" in node.members()
         else (),
         tiles=node.at("tiles").nullable(_path) if "tiles" in node.members() else None,
+        parts=node.at("parts").nullable(_path) if "parts" in node.members() else None,
         exported=_exported(node.at("exported")) if "exported" in node.members() else None,
     )
 

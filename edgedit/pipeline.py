@@ -6,7 +6,7 @@ Components are opened when they are needed and freed when memory is short.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,11 @@ from edgedit.embeddings import EmbeddingCache, PromptEmbedding, join, stack
 from edgedit.errors import BundleError, InputError
 from edgedit.guidance import Guidance
 from edgedit.noise import Noise, NoiseBatch, make_noise
+from edgedit.parts import PartedSession, read_parts
 from edgedit.positions import pos_embed_table
 from edgedit.recipes import Recipe
 from edgedit.solvers import make_solver
+from edgedit.step_cache import CachedTransformer
 from edgedit.text import Tokenizer
 from edgedit.tiling.component import Tiling, choose
 from edgedit.tiling.component import run as run_component
@@ -130,12 +132,43 @@ class Pipeline:
 
     def _session(self, component: str) -> Session:
         if component not in self._sessions:
-            self.bundle.component(component)
-            if self._one_at_a_time():
-                self.close()
-            self._stage(f"load {component}")
+            self._begin_load(component)
             self._sessions[component] = self.runtime.open(component)
         return self._sessions[component]
+
+    def _begin_load(self, component: str) -> None:
+        self.bundle.component(component)
+        if self._one_at_a_time():
+            self.close()
+        self._stage(f"load {component}")
+
+    def _parted(self) -> PartedSession:
+        """The transformer as the parts that it is cut into; it then answers `predict` as well."""
+        session = self._sessions.get("transformer")
+        if not isinstance(session, PartedSession):
+            plan = self._parts_plan()
+            self.free("transformer")
+            self._begin_load("transformer")
+            open_part = partial(self.runtime.open_part, "transformer")  # type: ignore[attr-defined]
+            session = PartedSession(read_parts(self.bundle.file(plan)), open_part)
+            self._sessions["transformer"] = session
+        return session
+
+    def check_step_cache(self) -> None:
+        """Raises InputError where this backend or this bundle has no step cache."""
+        self._parts_plan()
+
+    def _parts_plan(self) -> str:
+        """Path of the plan of the transformer's parts. Raises InputError where a step cache cannot be had."""
+        if not hasattr(self.runtime, "open_part"):
+            raise InputError(f"the backend {self.runtime.name} has no step cache; leave it out, or use backend onnx")
+        plan = self.bundle.component("transformer").artefacts[self.runtime.name].parts
+        if plan is None:
+            raise InputError(
+                f"{self.bundle.path.name}: its transformer is not cut between its blocks, as a step cache needs; "
+                "convert the model again, or leave the step cache out"
+            )
+        return plan
 
     @property
     def latent_space(self) -> Latents:
@@ -220,6 +253,17 @@ class Pipeline:
         Raises:
             InputError: shapes that do not fit together, or a condition that this transformer does not take.
         """
+        inputs = self._inputs(latents, timestep, encoder_hidden_states, encoder_attention_mask, conditions)
+        return self._session("transformer").run(inputs)["prediction"]
+
+    def _inputs(
+        self,
+        latents: np.ndarray,
+        timestep: float | np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        encoder_attention_mask: np.ndarray | None,
+        conditions: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
         entry = self.bundle.component("transformer")
         latents = np.ascontiguousarray(latents, np.float32)
         if latents.ndim != 4:
@@ -243,7 +287,7 @@ class Pipeline:
             if positions is None:
                 raise BundleError(f"{self.bundle.path.name}: the manifest does not say how positions are computed")
             inputs["pos_embed"] = pos_embed_table(asdict(positions), height, width)
-        return self._session("transformer").run(inputs)["prediction"]
+        return inputs
 
     def denoise(
         self,
@@ -258,6 +302,7 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         seed: int = 0,
         rng: str = "philox",
+        step_cache: str | None = None,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
         """Unit noise [1, C, H, W] and encoded prompts → latents as `generate` returns them.
@@ -290,6 +335,7 @@ class Pipeline:
             strength=None,
             has_image=False,
             has_latents=True,
+            step_cache=step_cache,
         )
         start = self._start_latents(latents, recipe)
         guidance = Guidance.from_manifest(self.bundle.manifest.guidance)
@@ -330,6 +376,11 @@ class Pipeline:
         for group in (prompts, negatives if negatives is not None else prompts):
             if len(group) != len(seeds) or len({item.hidden_states.shape for item in group}) != 1:
                 raise InputError("pictures drawn together need one seed and one embedding each, of one length")
+        if recipe.step_cache is not None and recipe.step_cache.looks and len(seeds) > 1:
+            raise InputError(
+                f"with the step cache {recipe.step_cache} a picture would depend on the others of its batch; "
+                "draw one at a time, or use taylor or delta"
+            )
         noises = [make_noise(recipe.rng, seed) for seed in seeds]
         noise = noises[0] if len(noises) == 1 else NoiseBatch(noises)
         first = noise.normal((len(seeds), *recipe.latents_shape[1:])) if latents is None else latents
@@ -359,24 +410,35 @@ class Pipeline:
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
         tokens = latents.shape[2] * latents.shape[3] // space.patch_size**2
+        cached = None
+        if recipe.step_cache is not None and not recipe.step_cache.never:
+            cached = CachedTransformer(self._parted(), recipe.step_cache, len(schedule) - start)
+        elif isinstance(self._sessions.get("transformer"), PartedSession):
+            self.free("transformer")
 
-        def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray, *branches: str) -> np.ndarray:
             extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
-            out = self.predict(
-                latents=x, timestep=t, encoder_hidden_states=states, encoder_attention_mask=mask, **extra
-            )
-            return out[:, : space.channels]
+            inputs = self._inputs(x, t, states, mask, extra)
+            out = self._session("transformer").run(inputs) if cached is None else cached.run(inputs, branches)
+            return out["prediction"][:, : space.channels]
 
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
+            guided = guided and negative is not None
+            if cached is not None:
+                cached.next_step(("prompt", "negative") if guided else ("prompt",))
             if not guided or negative is None:
-                return one(x, t, prompt.hidden_states, prompt.attention_mask), None
+                return one(x, t, prompt.hidden_states, prompt.attention_mask, "prompt"), None
             if tokens <= GUIDANCE_BATCH_TOKENS and not self._one_at_a_time():
-                both = one(np.concatenate([x, x]), t, *stack([prompt, negative]))
+                both = one(np.concatenate([x, x]), t, *stack([prompt, negative]), "prompt", "negative")
                 return both[: len(x)], both[len(x) :]
             return (
-                one(x, t, prompt.hidden_states, prompt.attention_mask),
-                one(x, t, negative.hidden_states, negative.attention_mask),
+                one(x, t, prompt.hidden_states, prompt.attention_mask, "prompt"),
+                one(x, t, negative.hidden_states, negative.attention_mask, "negative"),
             )
+
+        def told(state: StepState) -> bool | None:
+            assert on_step is not None
+            return on_step(state if cached is None else replace(state, reused=cached.reused))
 
         return denoise(
             predict,
@@ -388,7 +450,7 @@ class Pipeline:
             guidance_scale=recipe.guidance_scale,
             guidance_interval=recipe.guidance_interval,
             start=start,
-            on_step=on_step,
+            on_step=None if on_step is None else told,
         )
 
     def _conditions(self, recipe: Recipe, guidance: Guidance) -> dict[str, np.ndarray]:
@@ -557,6 +619,7 @@ class Pipeline:
         latents: np.ndarray | None = None,
         image: Image.Image | str | Path | None = None,
         strength: float | None = None,
+        step_cache: str | None = None,
         tiling: Tiling | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
@@ -570,6 +633,8 @@ class Pipeline:
                 drawn later.
             image, strength: start from a picture, `strength` (0, 1] of the way back to noise (0.6 by default).
             rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
+            step_cache: a policy of `edgedit.step_cache` by which steps leave blocks out, as "taylor:3"; None or "off"
+                computes every step.
             tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
             decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
@@ -592,6 +657,7 @@ class Pipeline:
             strength=strength,
             has_image=image is not None,
             has_latents=latents is not None,
+            step_cache=step_cache,
         )
         seeds = _seeds(seed)
         start_latents = None if latents is None else self._start_latents(latents, recipe)
@@ -602,8 +668,9 @@ class Pipeline:
 
         finished: list[np.ndarray] = []
         stopped = False
+        parted = recipe.step_cache is not None and not recipe.step_cache.never
         for index, value in enumerate(seeds):
-            self._session("transformer")
+            self._parted() if parted else self._session("transformer")
             self._stage(f"denoise {index + 1}/{len(seeds)}")
             callback = None if on_step is None else partial(_with_picture, on_step, self._preview, index, value)
             try:

@@ -13,6 +13,7 @@ from edgedit.noise import KINDS
 from edgedit.sampler_names import resolve_sampler
 from edgedit.schedules import Schedule, make_schedule
 from edgedit.solvers import make_solver
+from edgedit.step_cache import StepCache, parse_step_cache
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -40,6 +41,7 @@ class Recipe:
     strength: float | None
     schedule: Schedule
     latents_shape: tuple[int, int, int, int]
+    step_cache: StepCache | None = None
 
     @classmethod
     def resolve(
@@ -59,6 +61,7 @@ class Recipe:
         strength: float | None,
         has_image: bool,
         has_latents: bool,
+        step_cache: str | None = None,
     ) -> Recipe:
         """Fill what is None from the manifest and check the rest.
 
@@ -92,6 +95,9 @@ class Recipe:
             sampler=label,
         )
         make_solver(name, schedule)
+        cache = parse_step_cache(step_cache)
+        if cache is not None:
+            cache.check(schedule.steps)
         if rng not in KINDS:
             raise InputError(f"unknown rng {rng!r}; choose one of: {', '.join(KINDS)}")
         return cls(
@@ -108,6 +114,7 @@ class Recipe:
             strength=_strength(strength, has_image),
             schedule=schedule,
             latents_shape=(1, space.channels, rows, columns),
+            step_cache=cache,
         )
 
     def as_dict(self, bundle: Bundle, *, seed: int, runtime: Mapping[str, str]) -> dict[str, Any]:
@@ -127,6 +134,7 @@ class Recipe:
             "sigmas": None if self.sigmas is None else list(self.sigmas),
             "rng": self.rng,
             "strength": self.strength,
+            "step_cache": None if self.step_cache is None else str(self.step_cache),
             "model": bundle.manifest.name,
             "model_hash": bundle.model_hash,
             **runtime,

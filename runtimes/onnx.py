@@ -202,6 +202,12 @@ class OnnxRuntime:
         path = self.bundle.file(f"{tiles.rpartition('/')[0]}/{graph}")
         return OnnxSession(path, self.providers, self.options.threads, None, f"{component} {graph}", arena=False)
 
+    def open_part(self, component: str, graph: str) -> OnnxSession:
+        """Open one part of a transformer that is cut between its blocks: `graph` lies beside the plan of the parts."""
+        plan = self.bundle.component(component).artefacts["onnx"].parts or ""
+        path = self.bundle.file(f"{plan.rpartition('/')[0]}/{graph}")
+        return OnnxSession(path, self.providers, self.options.threads, self.options.graph_cache, f"{component} {graph}")
+
     def open_canonical(self, component: str) -> OnnxSession:
         """Open the canonical graph (standard operators only): the reference that `verify` compares with."""
         artefact = self.bundle.component(component).artefacts["onnx"]

@@ -213,12 +213,13 @@ FIELDS: Mapping[str, Callable[[str, object], Any]] = {
     "rng": _text,
     "image": _text,
     "strength": _number,
+    "step_cache": _text,
     "latents": _text,
     "metadata": _metadata,
 }
 _SETTINGS = (
     *("width", "height", "steps", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength"),
+    *("sampler", "sigmas", "rng", "strength", "step_cache"),
 )
 
 

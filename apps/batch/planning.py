@@ -112,7 +112,7 @@ class _Planner:
         self.paths.update(taken)
         settings = (
             *(recipe.width, recipe.height, recipe.steps, recipe.sampler, recipe.sigmas, recipe.guidance_scale),
-            *(recipe.guidance_interval, recipe.rng, recipe.strength, job.latents is not None),
+            *(recipe.guidance_interval, recipe.rng, recipe.strength, recipe.step_cache, job.latents is not None),
         )
         group = self.groups.setdefault(settings, len(self.groups))
         planned = PlannedJob(self.jobs, line, identity, canonical(job.spec()), group, pictures)

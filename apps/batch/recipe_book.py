@@ -61,6 +61,10 @@ class RecipeBook:
             raise MistakeError("negative_prompt", "does nothing at a guidance scale of 1 or less")
         if not guided and recipe.guidance_interval != (0.0, 1.0):
             raise MistakeError("guidance_interval", "does nothing without classifier-free guidance")
+        if recipe.step_cache is not None and recipe.step_cache.looks:
+            raise MistakeError(
+                "step_cache", "first-block would make pictures of a batch depend on each other; use taylor or delta"
+            )
         if job.image is not None:
             self._check_image(job.image)
         if job.latents is not None:
@@ -74,7 +78,7 @@ class RecipeBook:
             if len(self._recipes) >= LARGEST:
                 self._recipes.clear()
             values = dict(settings)
-            names = ("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength")
+            names = ("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache")
             self._recipes[key] = Recipe.resolve(
                 self.bundle,
                 prompt="",

@@ -89,6 +89,7 @@ class Run:
     interrupt: Interrupt
     start: Start
     index: int = 0
+    reused: int = 0
 
     def __post_init__(self) -> None:
         from edgedit.apps.cli.finish import make_tiling
@@ -112,6 +113,7 @@ class Run:
             "sigmas": request.sigmas,
             "rng": request.rng or "philox",
             "strength": request.strength,
+            "step_cache": request.step_cache,
         }
         self.recipe: Recipe = Recipe.resolve(
             self.pipe.bundle,
@@ -136,6 +138,8 @@ class Run:
             raise InputError(
                 f"the latents are {shapes} as {self.recipe.width}x{self.recipe.height} needs; check the size"
             )
+        if self.recipe.step_cache is not None and not self.recipe.step_cache.never:
+            self.pipe.check_step_cache()
         if self.start.image is not None:
             self.pipe.bundle.component("encoder")
         if asked.max_memory or asked.vae_tile_size or asked.vae_tile_overlap or asked.vae_tiling != "auto":
@@ -194,6 +198,7 @@ class Run:
         """The pipeline's `on_step`."""
         seed = self.request.seeds[self.index]
         self.progress.step(state.step, state.steps, index=self.index, seed=seed, sigma=state.sigma)
+        self.reused = (0 if state.step == 1 else self.reused) + state.reused
         if self.request.preview is not None and state.preview is not None:
             self._save_preview(self.request.preview, state.preview())
         return state.step == state.steps or not self.interrupt.requested
@@ -254,8 +259,10 @@ class Run:
                 "index": self.index,
                 "seed": seed,
                 "seconds": round(seconds, 3),
+                "steps_reused": self.reused,
                 "recipe": recipe,
             },
             str(output),
         )
-        self.progress.say(f"seed {seed}, {seconds:.1f} s")
+        reused = f", blocks reused in {self.reused} steps" if self.recipe.step_cache else ""
+        self.progress.say(f"seed {seed}, {seconds:.1f} s{reused}")

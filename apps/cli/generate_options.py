@@ -102,6 +102,15 @@ Rng = Annotated[
         rich_help_panel=PICTURE,
     ),
 ]
+StepCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="Reuse blocks between steps: taylor:N, delta:N or first-block:T, or off.",
+        show_default="off",
+        rich_help_panel=PICTURE,
+    ),
+]
 BatchCount = Annotated[
     int,
     typer.Option(

@@ -42,6 +42,7 @@ class Request:
     sampler: str | None = None
     sigmas: tuple[float, ...] | None = None
     rng: str | None = None
+    step_cache: str | None = None
     image: Path | None = None
     strength: float | None = None
     latents_in: Path | None = None

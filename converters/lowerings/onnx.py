@@ -22,7 +22,8 @@ DTYPES = ("fp32", "fp16", *PRESETS)
 class OnnxArtefact:
     """Files of one component, relative to the bundle.
 
-    `fused_graph` is None when the CPU form would be the same graph, `tiles` when the graph was not cut for tiles.
+    `fused_graph` is None when the CPU form would be the same graph, `tiles` when the graph was not cut for tiles,
+    `parts` when it was not cut between its blocks.
     """
 
     precision: str
@@ -30,6 +31,7 @@ class OnnxArtefact:
     fused_graph: str | None
     files: tuple[str, ...]
     tiles: str | None = None
+    parts: str | None = None
 
 
 def write(

@@ -100,13 +100,13 @@ def _dc() -> diffusers.AutoencoderDC:
     )
 
 
-def _pixart(*, alpha: bool, out_channels: int = 8) -> diffusers.PixArtTransformer2DModel:
+def _pixart(*, alpha: bool, layers: int, out_channels: int = 8) -> diffusers.PixArtTransformer2DModel:
     return diffusers.PixArtTransformer2DModel(
         num_attention_heads=3,
         attention_head_dim=8,
         in_channels=4,
         out_channels=out_channels,
-        num_layers=2,
+        num_layers=layers,
         cross_attention_dim=24,
         caption_channels=24,
         sample_size=128 if alpha else 8,
@@ -115,13 +115,13 @@ def _pixart(*, alpha: bool, out_channels: int = 8) -> diffusers.PixArtTransforme
     )
 
 
-def _sana(**extra: Any) -> diffusers.SanaTransformer2DModel:
+def _sana(layers: int, **extra: Any) -> diffusers.SanaTransformer2DModel:
     return diffusers.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
         num_attention_heads=3,
         attention_head_dim=8,
-        num_layers=2,
+        num_layers=layers,
         num_cross_attention_heads=2,
         cross_attention_head_dim=12,
         cross_attention_dim=24,
@@ -136,7 +136,7 @@ DPM_VP = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 DPM_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
-def build_pipeline(kind: str, seed: int) -> Any:
+def build_pipeline(kind: str, seed: int, *, layers: int = 2) -> Any:
     """A diffusers pipeline of `kind` with random weights. Gemma's tokenizer opens, T5's closes with a special token."""
     parts: dict[str, Any]
     if kind.startswith("pixart"):
@@ -149,7 +149,7 @@ def build_pipeline(kind: str, seed: int) -> Any:
             "tokenizer": word_tokenizer(bos=False),
             "text_encoder": _t5(),
             "vae": _kl(),
-            "transformer": _pixart(alpha=alpha),
+            "transformer": _pixart(alpha=alpha, layers=layers),
         }
     else:
         sprint = kind == "sana-sprint"
@@ -160,7 +160,7 @@ def build_pipeline(kind: str, seed: int) -> Any:
             "tokenizer": word_tokenizer(bos=True),
             "text_encoder": _gemma(),
             "vae": _dc(),
-            "transformer": _sana(**extra),
+            "transformer": _sana(layers, **extra),
         }
     for index, name in enumerate(("text_encoder", "vae", "transformer")):
         randomize(parts[name], seed + index)
