@@ -21,6 +21,7 @@ from edgedit.converters.layout import (
     choose_weights,
     pipeline_parts,
     plan_files,
+    read_index,
 )
 from edgedit.converters.own_record import OwnRecord, read_own_record
 from edgedit.converters.single_file import read_single_file
@@ -164,7 +165,7 @@ def _open_folder(
 def _open_pipeline(
     source: str, folder: Folder, revision: str | None, variant: str | None, components: Sequence[str] | None
 ) -> Checkpoint:
-    index = folder.read_json(MODEL_INDEX)
+    index = read_index(folder)
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
         raise CheckpointError(

@@ -15,7 +15,7 @@ from edgedit.bundle_writer import BundleWriter
 from edgedit.converters import reference
 from edgedit.converters.checkpoint import Checkpoint, ComponentSource, open_checkpoint
 from edgedit.converters.coreml import CoremlOptions, CoremlPlan, plan_coreml
-from edgedit.converters.families import BUILDERS, Family, builder, family_of
+from edgedit.converters.families import BUILDERS, Family, builder, components_of, family_of
 from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
@@ -149,7 +149,8 @@ def convert(
         coreml: how Core ML packages are made.
         mlx_weights: quantize the matrices of the transformer and the text encoder for MLX: "q2" to "q8" with "-g32",
             "-g64" or "-g128" after it, "mxfp4", "mxfp8" or "nvfp4"; None leaves them in `dtype`.
-        components: bundle components to convert ("transformer", "text_encoder", "decoder", "encoder"); all by default.
+        components: bundle components to convert ("transformer", "text_encoder", "decoder", "encoder",
+            "tiny_decoder"); all by default.
         revision, offline, variant: which files of the source to take; see `open_checkpoint`.
         name: the model's name in the manifest; the bundle's file name by default.
         overwrite: replace an existing bundle.
@@ -358,7 +359,7 @@ def _plan(checkpoint: Checkpoint, wanted: Sequence[str] | None) -> list[_Job]:
                     f"convert understands: {', '.join(BUILDERS)}"
                 )
             continue
-        for component in BUILDERS[source.class_name]:
+        for component in components_of(source.class_name, source.name):
             makes[component] = source
     for component in wanted or ():
         if component not in makes:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgedit.converters.graph import Component
+from edgedit.converters.layout import TINY_DECODER
 from edgedit.errors import ConversionError
 
-__all__ = ["BUILDERS", "FAMILIES", "Family", "Template", "builder", "family_of"]
+__all__ = ["BUILDERS", "FAMILIES", "Family", "Template", "builder", "components_of", "family_of"]
 
 #: Checkpoint class → component of the bundle → "module:function" under converters/architectures, imported on use.
 BUILDERS: Mapping[str, Mapping[str, str]] = {
@@ -28,6 +29,9 @@ BUILDERS: Mapping[str, Mapping[str, str]] = {
     "Gemma2Model": {"text_encoder": "gemma2:build_text_encoder"},
     "Gemma2ForCausalLM": {"text_encoder": "gemma2:build_text_encoder"},
 }
+
+#: Component of the bundle → the one that is built the same way, and the checkpoint's folder that it comes from.
+TINY = {"tiny_decoder": ("decoder", TINY_DECODER)}
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,13 @@ def builder(class_name: str, component: str) -> Callable[[Mapping[str, Any]], Co
     """
     if class_name not in BUILDERS:
         raise ConversionError(f"class {class_name} is not supported; convert understands: {', '.join(BUILDERS)}")
-    module, _, function = BUILDERS[class_name][component].partition(":")
-    place = importlib.import_module(f"edgedit.converters.architectures.{module}")
-    return getattr(place, function)  # type: ignore[no-any-return]
+    like, _ = TINY.get(component, (component, ""))
+    module, _, function = BUILDERS[class_name][like].partition(":")
+    build = getattr(importlib.import_module(f"edgedit.converters.architectures.{module}"), function)
+    return lambda config: replace(build(config), name=component)
+
+
+def components_of(class_name: str, folder: str) -> list[str]:
+    """The bundle's components that a network of a checkpoint makes; `folder` is its name there."""
+    tiny = [name for name, (_, place) in TINY.items() if place == folder]
+    return tiny or list(BUILDERS[class_name])

@@ -19,18 +19,22 @@ __all__ = [
     "MODEL_INDEX",
     "OWN_RECORD",
     "SCHEDULER_CONFIG",
+    "TINY_DECODER",
     "PipelinePart",
     "Plan",
     "Weights",
     "choose_weights",
     "pipeline_parts",
     "plan_files",
+    "read_index",
     "shard_map",
 ]
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
 OWN_RECORD = "edgedit.json"
+TINY_DECODER = "tiny_vae"
+"""Folder of a decoder that was distilled for the pipeline; diffusers' index has no place for it."""
 SCHEDULER_CONFIG = "scheduler_config.json"
 
 _VOCABULARIES = (
@@ -139,6 +143,14 @@ class PipelinePart:
     class_name: str
 
 
+def read_index(listing: Listing) -> dict[str, Any]:
+    """The content of model_index.json, and a tiny decoder that lies beside it."""
+    index = listing.read_json(MODEL_INDEX)
+    if f"{TINY_DECODER}/{CONFIG}" in listing.files:
+        index = {**index, TINY_DECODER: ["diffusers", "AutoencoderTiny"]}
+    return index
+
+
 def pipeline_parts(index: Mapping[str, Any], where: str, components: Sequence[str] | None) -> list[PipelinePart]:
     """The entries of a model_index.json, restricted to the weights named in `components` (None: all)."""
     parts = []
@@ -194,7 +206,7 @@ def plan_files(listing: Listing, variant: str | None, components: Sequence[str] 
     chosen: list[Weights] = []
     if MODEL_INDEX in listing.files:
         needed |= {MODEL_INDEX} | ({OWN_RECORD} & set(listing.files))
-        for part in pipeline_parts(listing.read_json(MODEL_INDEX), listing.name, components):
+        for part in pipeline_parts(read_index(listing), listing.name, components):
             if part.kind == "scheduler":
                 needed.add(f"{part.name}/{SCHEDULER_CONFIG}")
             elif part.kind == "tokenizer":

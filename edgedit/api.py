@@ -35,6 +35,7 @@ def load(
     interpreter: bool = False,
     emulate_fp16: bool = False,
     compute_units: str | None = None,
+    decoder: str = "full",
     verify: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Pipeline:
@@ -53,11 +54,13 @@ def load(
         interpreter: evaluate Core ML programs with numpy, on any OS.
         emulate_fp16: have the interpreter round to float16 where the programs say so.
         compute_units: what Core ML may use: "all" (the default), "cpu", "gpu" or "ne".
+        decoder: "full", or "tiny" for a distilled one that is quick, where the bundle has it.
         verify: check every file's hash first.
         on_stage: told what begins ("load transformer", "encode", "denoise 1/1", "decode 1/1").
 
     Raises:
         BundleError: not a bundle, damaged, or made by a newer version.
+        InputError: a decoder that the bundle does not have.
         RuntimeUnavailableError: the backend or a provider is not on this machine.
     """
     base = import_module("edgedit.runtimes.base")
@@ -77,6 +80,7 @@ def load(
         low_ram=low_ram,
         use_cache=use_cache,
         on_stage=on_stage,
+        decoder=decoder,
     )
 
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline", "Result"]
 
+#: What people call the decoders, and the components that they are.
+DECODERS = {"full": "decoder", "tiny": "tiny_decoder"}
 #: Text encoders above this size have their embeddings cached on disk.
 CACHE_ENCODERS_OVER = 100 << 20
 #: Latent tokens up to which guidance runs as one batch of two; above, two passes are as fast and need half the memory.
@@ -79,6 +81,7 @@ class Pipeline:
         low_ram: keep one component in memory at a time. None decides by the free memory when components are opened.
         use_cache: keep prompt embeddings of large text encoders on disk between runs.
         on_stage: told "load COMPONENT", "encode", "denoise 1/3", "decode 1/3" as they begin.
+        decoder: "full", or "tiny" for the decoder that was distilled to be quick, where the bundle has one.
         embeddings: where embeddings of any text encoder are kept, instead of the machine's cache of large ones.
     """
 
@@ -88,9 +91,18 @@ class Pipeline:
     use_cache: bool = True
     on_stage: Callable[[str], None] | None = None
     embeddings: EmbeddingCache | None = None
+    decoder: str = "full"
     _sessions: dict[str, Session] = field(default_factory=dict, repr=False)
     _embeddings: dict[str, PromptEmbedding] = field(default_factory=dict, repr=False)
     _tokenizer: Tokenizer | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise InputError(f"unknown decoder {self.decoder!r}; choose one of: {', '.join(DECODERS)}")
+        if self.decoder == "tiny" and DECODERS["tiny"] not in self.bundle.manifest.components:
+            raise InputError(
+                f"{self.bundle.path.name} has no tiny decoder; make one with: edgedit distill --component decoder"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -538,7 +550,10 @@ class Pipeline:
         if tiling.max_memory is not None:
             # What other components hold counts as well.
             self.close()
-        scaled = (latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)).astype(np.float32)
+        component, scale, shift = DECODERS[self.decoder], space.scaling_factor, space.shift_factor
+        if self.decoder == "tiny":
+            scale, shift = float(self.bundle.component(component).config["scaling_factor"]), 0.0  # type: ignore[arg-type]
+        scaled = (latents / np.float32(scale) + np.float32(shift)).astype(np.float32)
 
         def clipped(top: int, rows: np.ndarray) -> None:
             on_rows(top, np.clip(rows, -1.0, 1.0, out=rows if rows.flags.writeable else None))
@@ -546,11 +561,11 @@ class Pipeline:
         return run_component(
             self.bundle,
             self.runtime,
-            "decoder",
+            component,
             scaled,
             tiling,
             clipped,
-            whole=lambda: self._session("decoder"),
+            whole=lambda: self._session(component),
             begin=lambda: self._stage(stage),
         )
 
@@ -560,7 +575,8 @@ class Pipeline:
         Raises as `decode` does for settings that cannot be honoured; nothing is opened.
         """
         factor = self.latent_space.scale_factor
-        return choose(self.bundle, self.runtime, "decoder", height // factor, width // factor, tiling)[1]
+        component = DECODERS[self.decoder]
+        return choose(self.bundle, self.runtime, component, height // factor, width // factor, tiling)[1]
 
     def _checked_latents(self, latents: np.ndarray) -> np.ndarray:
         space = self.latent_space
@@ -693,7 +709,7 @@ class Pipeline:
             collected = images.RowCollector(as_pixels=True)
             self.decode_rows(result, collected, tiling, stage=f"decode {index + 1}/{len(finished)}")
             pictures.append(collected.result())  # type: ignore[arg-type]
-        description = {**self.runtime.describe()}
+        description = {**self.runtime.describe(), **({"decoder": "tiny"} if self.decoder == "tiny" else {})}
         return Result(
             images=pictures,
             latents=np.concatenate(finished) if finished else np.zeros((0, *recipe.latents_shape[1:]), np.float32),

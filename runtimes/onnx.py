@@ -24,7 +24,7 @@ __all__ = ["CPU", "PROVIDERS", "OnnxRuntime", "OnnxSession"]
 CPU = "CPUExecutionProvider"
 
 #: Components whose maps are far larger than their weights, and which run once a picture.
-WITHOUT_ARENA = ("decoder", "encoder")
+WITHOUT_ARENA = ("decoder", "encoder", "tiny_decoder")
 
 #: Short names that people type for ONNX Runtime's execution providers.
 PROVIDERS = {

@@ -46,7 +46,7 @@ def estimate_memory(bundle: Bundle, pixels: int, *, low_ram: bool, batch: int = 
     """Private bytes that a worker takes at most, roughly, for pictures of `pixels`."""
     sizes = []
     for name, component in bundle.manifest.components.items():
-        if name != "encoder":
+        if name not in ("encoder", "tiny_decoder"):
             sizes.append(max(sum(bundle.manifest.files[f].size for f in a.files) for a in component.artefacts.values()))
     weights = max(sizes) if low_ram else sum(sizes)
     return int(BASE + WEIGHTS * weights + PIXEL * pixels * (1 + (batch - 1) / 4))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +32,7 @@ def decode(
     output: Output = None,
     model: flag.Model = None,
     no_metadata: flag.NoMetadata = False,
+    decoder: flag.Decoder = None,
     vae_tiling: flag.VaeTiling = "auto",
     vae_tile_size: flag.VaeTileSize = None,
     vae_tile_overlap: flag.VaeTileOverlap = None,
@@ -65,13 +67,14 @@ def decode(
         from edgedit.apps.cli.bundles import find_bundle
 
         place = find_bundle(model or _model_of(found, latents), offline=offline)
-        with edgedit.load(place, backend, threads=threads, providers=provider or None) as pipe:
+        which = decoder or str((found.recipe or {}).get("decoder") or "full")
+        with edgedit.load(place, backend, threads=threads, providers=provider or None, decoder=which) as pipe:
             if found.model_hash not in (None, pipe.bundle.model_hash):
                 raise InputError(
                     f"{latents}: latents of another model than {pipe.bundle.manifest.name}; name theirs with -m"
                 )
             pipe.on_stage = progress.stage
-            recipe = None if no_metadata else found.recipe
+            recipe = None if no_metadata else _with_decoder(found.recipe, which)
             try:
                 decode_to_file(pipe, found.latents, target, recipe, tiling, stage="decode")
             except TilesStoppedError:
@@ -81,6 +84,13 @@ def decode(
             latents.unlink(missing_ok=True)
         progress.result({"event": "picture", "path": str(target), "recipe": recipe}, str(target))
         progress.done({"pictures": 1, "seconds": progress.seconds})
+
+
+def _with_decoder(recipe: Mapping[str, Any] | None, decoder: str) -> dict[str, Any] | None:
+    if recipe is None:
+        return None
+    told = {key: value for key, value in recipe.items() if key != "decoder"}
+    return {**told, "decoder": decoder} if decoder != "full" else told
 
 
 def _model_of(found: object, path: Path) -> str:

@@ -1,15 +1,20 @@
-"""`edgedit distill`: a checkpoint of many steps → one of few."""
+"""`edgedit distill`: a checkpoint of many steps → one of few, or one with a small decoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgedit.apps.cli.progress import make_progress
 from edgedit.apps.cli.tables import print_json, print_line
 from edgedit.apps.cli.training import need_training, parse_budget, training_progress
+from edgedit.errors import InputError
+
+if TYPE_CHECKING:
+    from edgedit.converters.training.distillation import DistillationReport
+    from edgedit.converters.training.tiny_decoder import DecoderReport
 
 __all__ = ["distill"]
 
@@ -17,10 +22,23 @@ __all__ = ["distill"]
 def distill(
     checkpoint: Annotated[str, typer.Argument(help="A pipeline's folder; one that linearize made, too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="CHECKPOINT2", help="Folder to write.")],
+    component: Annotated[
+        str, typer.Option(metavar="NAME", help="transformer (fewer steps) or decoder (a tiny one beside the full one).")
+    ] = "transformer",
     method: Annotated[
-        str, typer.Option(metavar="METHOD", help="lcm (consistency), scm (continuous-time consistency) or dmd.")
-    ] = "lcm",
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps to draw in: 1, 2 or 4.")] = 4,
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="lcm (consistency), scm (continuous-time consistency) or dmd.",
+            show_default="lcm",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps to draw in: 1, 2 or 4.", show_default="4")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="N", help="Channels of a tiny decoder.", show_default="64")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(metavar="FILE", help="Prompts, one a line; self takes the checkpoint's own or general ones.")
     ] = "self",
@@ -39,7 +57,10 @@ def distill(
     learning_rate: Annotated[
         float | None, typer.Option(metavar="RATE", help="Peak learning rate.", show_default="the method's")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Latents in a training step.")] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Latents in a training step.", show_default="32, or 8 for a decoder"),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -47,32 +68,47 @@ def distill(
 ) -> None:
     """Train a student that draws in one to four steps, guidance distilled in; generate then uses its schedule.
 
-    Stopped or killed, the same command goes on where it was.
+    With --component decoder, a small decoder that imitates the full one instead, for generate --decoder tiny. Stopped
+    or killed, the same command goes on where it was.
 
     edgedit distill scenes-linear -o scenes-fast --method lcm --steps 4 --budget 30m
     """
     need_training()
-    seconds = parse_budget(budget)
-    from edgedit.converters.training.distillation import distill as run
-
+    for_steps = {"--method": method, "--steps": steps, "--guidance": guidance_scale}
+    if component not in ("transformer", "decoder"):
+        raise InputError(f"--component {component!r} cannot be distilled; choose transformer or decoder")
+    stray = for_steps if component == "decoder" else {"--width": width}
+    for flag, value in stray.items():
+        if value is not None:
+            raise InputError(f"{flag} does nothing for --component {component}; leave it out")
+    given = {
+        "calibration": calibration,
+        "budget": parse_budget(budget),
+        "train_steps": train_steps,
+        "samples": samples,
+        "seed": seed,
+        "device": device,
+    }
+    chosen = {"learning_rate": learning_rate, "batch_size": batch_size, "width": width}
+    chosen |= {"method": method, "steps": steps, "guidance_scale": guidance_scale}
+    given |= {name: value for name, value in chosen.items() if value is not None}
+    report: DistillationReport | DecoderReport
     with make_progress(quiet=quiet) as progress:
         progress.stage("read checkpoint")
-        report = run(
-            checkpoint,
-            output,
-            method=method,
-            steps=steps,
-            calibration=calibration,
-            budget=seconds,
-            train_steps=train_steps,
-            samples=samples,
-            guidance_scale=guidance_scale,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            on_progress=training_progress(progress),
-        )
+        tell = training_progress(progress)
+        if component == "decoder":
+            from edgedit.converters.training.tiny_decoder import distill_decoder
+
+            report = distill_decoder(checkpoint, output, on_progress=tell, **given)  # type: ignore[arg-type]
+            small, full = report.parameters
+            made = (
+                f"a decoder of {small / 1e6:.2f} M parameters for {full / 1e6:.1f} M, {report.psnr_db:.1f} dB like it"
+            )
+        else:
+            from edgedit.converters.training.distillation import distill as run
+
+            few = run(checkpoint, output, on_progress=tell, **given)  # type: ignore[arg-type]
+            report, made = few, f"{few.method}, {few.steps} steps"
     if as_json:
         print_json(report.as_dict())
     elif quiet:
@@ -80,4 +116,4 @@ def distill(
     else:
         for stage, (first, last) in report.losses.items():
             print_line(f"{stage}: loss {first:.4g} → {last:.4g}")
-        print_line(f"{report.output}: {report.method}, {report.steps} steps, {report.seconds:.0f} s")
+        print_line(f"{report.output}: {made}, {report.seconds:.0f} s")

@@ -56,6 +56,7 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
             interpreter=request.interpreter,
             emulate_fp16=request.emulate_fp16,
             compute_units=request.compute_units,
+            decoder=request.decoder or "full",
         ) as pipe:
             run = Run(request, pipe, progress, interrupt, start)
             pipe.on_stage = run.stage

@@ -198,6 +198,15 @@ LowRam = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="full, or tiny for one that was distilled to be quick.",
+        show_default="full",
+        rich_help_panel=MACHINE,
+    ),
+]
 VaeTiling = Annotated[
     str,
     typer.Option(

@@ -67,7 +67,7 @@ def _print_picture(document: dict[str, Any]) -> None:
 
 def _checkpoint(source: str, offline: bool) -> dict[str, Any]:
     from edgedit.converters.checkpoint import open_checkpoint
-    from edgedit.converters.families import BUILDERS
+    from edgedit.converters.families import BUILDERS, components_of
 
     checkpoint = open_checkpoint(source, offline=offline)
     components = []
@@ -83,7 +83,7 @@ def _checkpoint(source: str, offline: bool) -> dict[str, Any]:
                 "bytes": sum(tensor.nbytes for tensor in part.tensors.values()),
                 "dtypes": dict(types.most_common()),
                 "tensors": len(part.tensors),
-                "makes": list(BUILDERS.get(part.class_name, ())),
+                "makes": components_of(part.class_name, part.name) if part.class_name in BUILDERS else [],
                 "config": dict(part.config),
             }
         )

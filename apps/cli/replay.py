@@ -56,6 +56,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "rng": ("a text", _is_text),
     "strength": ("a number", _is_number),
     "step_cache": ("a text", _is_text),
+    "decoder": ("a text", _is_text),
     "image": ("a path with its hash", _is_file),
     "latents": ("a path with its hash", _is_file),
     "model": ("a text", _is_text),
@@ -64,7 +65,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 #: Those that are settings of a request of the same name.
 _SETTINGS = (
     *("prompt", "negative_prompt", "steps", "width", "height", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength", "step_cache", "model_hash"),
+    *("sampler", "sigmas", "rng", "strength", "step_cache", "decoder", "model_hash"),
 )
 
 

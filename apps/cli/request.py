@@ -54,6 +54,7 @@ class Request:
     providers: tuple[str, ...] = ()
     threads: int | None = None
     low_ram: bool = False
+    decoder: str | None = None
     vae_tiling: str = "auto"
     vae_tile_size: int | None = None
     vae_tile_overlap: int | None = None

@@ -38,9 +38,9 @@ class Form:
 _W8, _W4, _W8A8 = Form(8), Form(4, 64), Form(8, int8_activations=True)
 
 PRESETS: Mapping[str, Mapping[str, Form]] = {
-    "w8": {"transformer": _W8, "text_encoder": _W8, "decoder": _W8, "encoder": _W8},
-    "w4": {"transformer": _W4, "text_encoder": _W4, "decoder": _W8, "encoder": _W8},
-    "w8a8": {"transformer": _W8A8, "text_encoder": _W8, "decoder": _W8, "encoder": _W8},
+    "w8": {"transformer": _W8, "text_encoder": _W8, "decoder": _W8, "encoder": _W8, "tiny_decoder": _W8},
+    "w4": {"transformer": _W4, "text_encoder": _W4, "decoder": _W8, "encoder": _W8, "tiny_decoder": _W8},
+    "w8a8": {"transformer": _W8A8, "text_encoder": _W8, "decoder": _W8, "encoder": _W8, "tiny_decoder": _W8},
 }
 """Preset to the form of each component. Text encoders keep float activations: theirs have outliers of a thousand."""
 

@@ -23,7 +23,7 @@ __all__ = ["PLAN_VERSION", "TILED", "write_pieces"]
 
 PLAN_VERSION = 1
 #: Components that can run in tiles.
-TILED = ("decoder", "encoder")
+TILED = ("decoder", "encoder", "tiny_decoder")
 
 
 def write_pieces(root: Path, component: str, artefact: OnnxArtefact, stride: int) -> OnnxArtefact:

@@ -33,6 +33,7 @@ __all__ = [
     "attention_layers",
     "check_output",
     "follow_grid",
+    "load_network",
     "open_trainable",
     "replace_attention",
     "save_trainable",
@@ -119,13 +120,20 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
+def load_network(network: ComponentSource) -> Any:
+    """A network of a checkpoint as diffusers' own class, float32. Raises CheckpointError when its files do not fit."""
+    module = _build(network)
+    _load(module, network)
+    return module
+
+
 def _build(network: ComponentSource) -> Any:
     try:
         # The reader puts what edgedit.json says of attention beside what diffusers knows.
         config = {key: value for key, value in network.config.items() if key != "self_attention"}
         return getattr(diffusers, network.class_name).from_config(config).float()
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"transformer/config.json describes no {network.class_name}: {error}") from None
+        raise CheckpointError(f"{network.name}/config.json describes no {network.class_name}: {error}") from None
 
 
 def _tensor(ref: TensorRef) -> Tensor:
@@ -143,7 +151,7 @@ def _load(transformer: nn.Module, network: ComponentSource) -> None:
     for what, names in (("lacks", missing), ("also has", unexpected), ("has another shape of", wrong)):
         if names:
             raise CheckpointError(
-                f"transformer {what} {names[0]} and {len(names) - 1} more keys than its configuration and "
+                f"{network.name} {what} {names[0]} and {len(names) - 1} more keys than its configuration and "
                 f"{SETTINGS} say; the checkpoint is not whole, or edgedit.json is another's",
                 details="\n".join(names),
             )
@@ -223,7 +231,7 @@ def save_trainable(
         output: the folder to make.
         weights: the transformer's tensors by name, stored in the old type; None keeps the old files.
         settings: the content of `edgedit.json`; {} writes none.
-        extra: further files, by their name in the folder.
+        extra: further files and folders, by their name in the folder.
 
     Raises ConversionError when the folder exists or cannot be written.
     """
@@ -246,7 +254,10 @@ def save_trainable(
         if settings:
             (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name, path in (extra or {}).items():
-            shutil.copy(path, partial / name)
+            if path.is_dir():
+                shutil.copytree(path, partial / name, dirs_exist_ok=True)
+            else:
+                shutil.copy(path, partial / name)
         partial.rename(output)
     except OSError as error:
         raise ConversionError(f"{output} cannot be written ({error.strerror or error}); choose another place") from None
