@@ -16,7 +16,17 @@ from edgedit.errors import BundleError, InputError
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
 
-__all__ = ["ENGINES", "RUNTIMES", "Choice", "Runtime", "RuntimeOptions", "Session", "choose_backend", "make_runtime", "open_runtime"]
+__all__ = [
+    "ENGINES",
+    "RUNTIMES",
+    "Choice",
+    "Runtime",
+    "RuntimeOptions",
+    "Session",
+    "choose_backend",
+    "make_runtime",
+    "open_runtime",
+]
 
 
 class Session(Protocol):
@@ -153,7 +163,7 @@ def open_runtime(bundle: Bundle, backend: str = "auto", options: RuntimeOptions 
         if options.engine not in ENGINES:
             raise InputError(f"unknown engine {options.engine!r}; choose one of: auto, {', '.join(ENGINES)}")
         if name != "onnx":
-            raise InputError(f"--engine {options.engine} runs ONNX graphs, and goes with --backend onnx, not with {name}")
+            raise InputError(f"--engine {options.engine} goes with --backend onnx, not with {name}")
     if not _has_whole(bundle, name):
         raise _lacks(bundle, name)
     return make_runtime(bundle, _engine(name, options) if name == "onnx" else RUNTIMES[name], options)

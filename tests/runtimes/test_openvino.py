@@ -193,7 +193,7 @@ def test_what_cannot_be_run_is_one_line(
     copy = Path(shutil.copytree(bundle.path, tmp_path / "copy.edgedit"))
     graph = copy / "onnx" / "transformer.onnx"
     graph.write_bytes(b"\0" * graph.stat().st_size)
-    with pytest.raises(BundleError, match="OpenVINO refuses the graph: .*--engine onnxruntime") as caught:
+    with pytest.raises(BundleError, match=r"OpenVINO refuses the graph: .*--engine onnxruntime") as caught:
         open_runtime(open_bundle(copy), options=OPTIONS).open("transformer")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "openvino", None)
