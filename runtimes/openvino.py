@@ -132,9 +132,7 @@ class OpenVinoSession:
         except (RuntimeError, MemoryError) as error:
             reason = _reason(error)
             if "alloc" in reason.lower() or isinstance(error, MemoryError):
-                raise BundleError(
-                    f"{self.label}: out of memory; try a smaller size or --low-ram ({reason})"
-                ) from error
+                raise BundleError(f"{self.label}: out of memory; try a smaller size or --low-ram ({reason})") from error
             raise InputError(f"{self.label}: OpenVINO stopped: {reason}") from error
 
     def close(self) -> None:

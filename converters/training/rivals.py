@@ -146,7 +146,11 @@ class TorchContender:
 
     def describe(self) -> dict[str, str]:
         """Versions of torch and diffusers."""
-        return {"engine": "torch eager", "torch": torch.__version__, "diffusers": import_module("diffusers").__version__}
+        return {
+            "engine": "torch eager",
+            "torch": torch.__version__,
+            "diffusers": import_module("diffusers").__version__,
+        }
 
     def precision(self, stage: str) -> str:
         """Everything is float32."""

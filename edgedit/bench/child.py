@@ -6,6 +6,7 @@ is written to the order's `result`, or `{"error": ...}` with the class and messa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -125,10 +126,8 @@ def _stage(
 
 def _forget_peak() -> None:
     """Begin a new peak of resident memory, where the system can (Linux); otherwise the process's own goes on."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _peak() -> int | None:
