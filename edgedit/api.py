@@ -44,7 +44,8 @@ def load(
     Args:
         source: path of a bundle, or "builtin" for the embedded model.
         backend: "auto" or a runtime's name ("onnx", "coreml", "mlx").
-        engine: what runs the graphs of the backend "onnx": "onnxruntime", "openvino", or "auto".
+        engine: what runs the graphs of the backend "onnx": "onnxruntime", "openvino", or "auto" for what
+            `edgedit tune` found fastest on this machine, and ONNX Runtime where it has not run.
         threads: worker threads within an operator; None lets the backend choose.
         providers: ONNX Runtime execution providers, short names or full ones, by default the CPU; for MLX "gpu" or
             "cpu", by default the GPU where there is one.

@@ -21,7 +21,7 @@ from edgedit.errors import InputError
 from edgedit.example_inputs import example_inputs
 from edgedit.metrics import Agreement, compare
 
-__all__ = ["BenchmarkReport", "ComponentTimes", "ContenderReport", "benchmark", "stage_inputs"]
+__all__ = ["BenchmarkReport", "ComponentTimes", "ContenderReport", "benchmark", "picture_size", "stage_inputs"]
 
 #: Rounds by default: with and without somebody to be compared with.
 ROUNDS_BESIDE, ROUNDS_ALONE = 3, 1
@@ -156,7 +156,7 @@ def benchmark(
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     bundle = open_bundle(path)
-    columns, rows = _size(bundle, width, height)
+    columns, rows = picture_size(bundle, width, height)
     names = list(components or bundle.manifest.components)
     plans = [bundle_plan(bundle.path, bundle.path.name, backend, engine, threads)]
     plans += rival_plans(vs, bundle.path, source, backend, engine, threads)
@@ -215,7 +215,8 @@ def _paths(stages: Mapping[str, Path]) -> dict[str, str]:
     return {name: str(path) for name, path in stages.items()}
 
 
-def _size(bundle: Bundle, width: int | None, height: int | None) -> tuple[int, int]:
+def picture_size(bundle: Bundle, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height in pixels, by default what the bundle recommends. Raises InputError for what it cannot draw."""
     manifest = bundle.manifest
     recommended = manifest.recommended
     columns = width or (recommended.width if recommended else 1024)

@@ -358,7 +358,7 @@ class Pipeline:
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
-        tokens = latents.shape[2] * latents.shape[3] // space.patch_size**2
+        together = self._guides_together(latents.shape[2] * latents.shape[3] // space.patch_size**2)
 
         def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray) -> np.ndarray:
             extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
@@ -370,7 +370,7 @@ class Pipeline:
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
             if not guided or negative is None:
                 return one(x, t, prompt.hidden_states, prompt.attention_mask), None
-            if tokens <= GUIDANCE_BATCH_TOKENS and not self._one_at_a_time():
+            if together and not self._one_at_a_time():
                 both = one(np.concatenate([x, x]), t, *stack([prompt, negative]))
                 return both[: len(x)], both[len(x) :]
             return (
@@ -390,6 +390,11 @@ class Pipeline:
             start=start,
             on_step=on_step,
         )
+
+    def _guides_together(self, tokens: int) -> bool:
+        """Whether guidance is one batch of two: as measured on this machine, or by the number of latent tokens."""
+        found = getattr(self.runtime, "guides_together", lambda _: None)(tokens)
+        return tokens <= GUIDANCE_BATCH_TOKENS if found is None else bool(found)
 
     def _conditions(self, recipe: Recipe, guidance: Guidance) -> dict[str, np.ndarray]:
         conditions: dict[str, np.ndarray] = {}

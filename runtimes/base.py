@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgedit.errors import BundleError, InputError
+from edgedit.tuning_record import load
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -66,7 +67,9 @@ class RuntimeOptions:
         memory_limit: bytes that the backend's allocator should stay within; None leaves its own limit.
         interpreter: evaluate Core ML programs with the numpy interpreter instead of Core ML.
         emulate_fp16: have the interpreter round every value that the program declares float16.
-        engine: what runs ONNX graphs: "onnxruntime" or "openvino"; None or "auto" lets edgedit choose.
+        engine: what runs ONNX graphs: "onnxruntime" (None is the same), "openvino", or "auto" for what `edgedit tune`
+            found fastest on this machine, and ONNX Runtime where it has not run.
+        standard_graph: have ONNX Runtime open the canonical graph where the bundle has a form for the CPU too.
         compute_units: what Core ML may run on: "all", "cpu", "gpu" (with the CPU) or "ne" (Neural Engine with the CPU).
     """
 
@@ -78,6 +81,7 @@ class RuntimeOptions:
     emulate_fp16: bool = False
     compute_units: str | None = None
     engine: str | None = None
+    standard_graph: bool = False
 
     def only_for_coreml(self) -> str | None:
         """The flag of an option in use that only Core ML has, or None."""
@@ -166,7 +170,13 @@ def open_runtime(bundle: Bundle, backend: str = "auto", options: RuntimeOptions 
             raise InputError(f"--engine {options.engine} goes with --backend onnx, not with {name}")
     if not _has_whole(bundle, name):
         raise _lacks(bundle, name)
-    return make_runtime(bundle, _engine(name, options) if name == "onnx" else RUNTIMES[name], options)
+    if name != "onnx":
+        return make_runtime(bundle, RUNTIMES[name], options)
+    record = load(bundle) if options.engine == "auto" and not options.providers else None
+    if record is not None:
+        tuned = importlib.import_module("edgedit.runtimes.tuned")
+        return tuned.TunedRuntime(bundle, options, record)  # type: ignore[no-any-return]
+    return make_runtime(bundle, ENGINES["onnxruntime" if options.engine in (None, "auto") else options.engine], options)
 
 
 def make_runtime(bundle: Bundle, place: str, options: RuntimeOptions) -> Runtime:
@@ -174,7 +184,3 @@ def make_runtime(bundle: Bundle, place: str, options: RuntimeOptions) -> Runtime
     module, _, attribute = place.partition(":")
     runtime: Runtime = getattr(importlib.import_module(module), attribute)(bundle, options)
     return runtime
-
-
-def _engine(name: str, options: RuntimeOptions) -> str:
-    return ENGINES["onnxruntime" if options.engine in (None, "auto") else options.engine]

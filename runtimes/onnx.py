@@ -154,7 +154,7 @@ class OnnxRuntime:
         """Open a component; on the CPU its fused form, when the bundle has one."""
         artefact = self.bundle.component(component).artefacts["onnx"]
         graph = artefact.graph
-        if artefact.fused_graph is not None and self.providers == [CPU]:
+        if artefact.fused_graph is not None and self.providers == [CPU] and not self.options.standard_graph:
             graph = artefact.fused_graph.path
         label = f"{self.bundle.path.name}/{component}"
         return OnnxSession(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from edgedit.errors import CheckpointError, InputError
@@ -163,12 +164,30 @@ def open_torch(order: Mapping[str, Any]) -> TorchContender:
 
 
 def export_onnx(network: torch.nn.Module, inputs: Mapping[str, np.ndarray], path: Path, precision: str) -> None:
-    """What `torch.onnx.export` makes of a network for inputs of these shapes."""
+    """What `torch.onnx.export` makes of a network for inputs of these shapes.
+
+    It writes `Squeeze` of an axis that is longer than 1 where torch's `squeeze` does nothing (PixArt has one), which no
+    engine opens: those nodes are left out.
+    """
     values = _taken(network, inputs)
     with torch.inference_mode():
-        torch.onnx.export(
-            network, (), path, kwargs=values, input_names=list(values), dynamo=True, external_data=True, verbose=False
-        )
+        program = torch.onnx.export(network, (), kwargs=values, input_names=list(values), dynamo=True, verbose=False)
+    assert program is not None
+    for node in list(program.model.graph):
+        if node.op_type == "Squeeze" and _keeps_shape(node):
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
+            program.model.graph.remove(node, safe=True)
+    program.save(path, external_data=True)
+
+
+def _keeps_shape(node: ir.Node) -> bool:
+    """Whether a Squeeze has an axis that is longer than 1, which torch lets be."""
+    source, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    constant = None if axes is None else ir.convenience.get_const_tensor(axes)
+    if source is None or source.shape is None or constant is None:
+        return False
+    sides = [source.shape[int(axis)] for axis in constant.numpy().reshape(-1)]
+    return any(isinstance(side, int) and side != 1 for side in sides)
 
 
 def export_openvino(network: torch.nn.Module, inputs: Mapping[str, np.ndarray], path: Path, precision: str) -> None:

@@ -47,7 +47,9 @@ class _BundleContender:
         from edgedit.bundle import open_bundle
 
         base = import_module("edgedit.runtimes.base")
-        options = base.RuntimeOptions(threads=order["threads"], engine=order["engine"])
+        options = base.RuntimeOptions(
+            threads=order["threads"], engine=order["engine"], standard_graph=order.get("standard_graph", False)
+        )
         self.bundle = open_bundle(order["path"])
         self.runtime = base.open_runtime(self.bundle, order["backend"], options)
 
@@ -72,19 +74,20 @@ def measure(order: Mapping[str, Any]) -> dict[str, Any]:
 
     The order: `contender` ("module:function" that is given `settings`), `spawned` (time.time() when the process was
     started), `stages` (name → .npz of its inputs), `repeat` (evaluations after the first), `outputs` (folder for the
-    outputs of each stage as NAME.npy, or None).
+    outputs of each stage as NAME.npy, or None), `warm` (whether to open each stage once more; by default yes).
     """
     contender: Contender = _function(order["contender"])(order["settings"])
     start = time.time() - order["spawned"]
     stages = []
     for name, file in order["stages"].items():
         with np.load(file) as inputs:
-            stages.append(_stage(contender, name, dict(inputs), order["repeat"], order["outputs"]))
+            again = order.get("warm", True)
+            stages.append(_stage(contender, name, dict(inputs), order["repeat"], order["outputs"], again))
     return {"start_seconds": start, "runtime": contender.describe(), "stages": stages}
 
 
 def _stage(
-    contender: Contender, name: str, inputs: Mapping[str, np.ndarray], repeat: int, outputs: str | None
+    contender: Contender, name: str, inputs: Mapping[str, np.ndarray], repeat: int, outputs: str | None, again: bool
 ) -> dict[str, Any]:
     _forget_peak()
     started = time.perf_counter()
@@ -105,12 +108,14 @@ def _stage(
     stage.close()
     del stage
     gc.collect()
-    again = time.perf_counter()
-    stage = contender.open(name)
-    warm = time.perf_counter() - again
-    stage.close()
-    del stage
-    gc.collect()
+    warm = None
+    if again:
+        begin = time.perf_counter()
+        stage = contender.open(name)
+        warm = time.perf_counter() - begin
+        stage.close()
+        del stage
+        gc.collect()
     return {
         "name": name,
         "precision": contender.precision(name),
