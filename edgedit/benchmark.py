@@ -135,17 +135,21 @@ def benchmark(
     batch: int = 1,
     repeat: int = 5,
     rounds: int | None = None,
+    reference: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchmarkReport:
     """Open and run every component (or those named) on noise, for a picture of `width` × `height` pixels.
 
     Args:
-        vs: contenders beside the bundle: names of `edgedit.bench.contenders.RIVALS`, or paths of other bundles.
+        vs: contenders beside the bundle: names of `edgedit.bench.contenders.RIVALS`, or paths of bundles, with
+            "@openvino" or "@onnxruntime" behind them for an engine of their own.
         source: the diffusers folder that the bundle was made from, for rivals; by default where the bundle says.
         length: text tokens.
         batch: pictures at once.
         repeat: evaluations after the first, a round.
         rounds: turns of each contender; 3 with others, 1 alone.
+        reference: label of the contender that outputs are compared with; by default one that runs the checkpoint in
+            float32, else the bundle.
 
     Raises:
         InputError: a size that the model cannot draw, a repeat below 1, a contender that is not one.
@@ -161,6 +165,7 @@ def benchmark(
     plans = [bundle_plan(bundle.path, bundle.path.name, backend, engine, threads)]
     plans += rival_plans(vs, bundle.path, source, backend, engine, threads)
     _distinct(plans)
+    _reference(plans, reference)
     with tempfile.TemporaryDirectory(prefix="edgedit-bench-") as place:
         folder, done = Path(place), 0
         exports = sum(plan.export is not None for plan in plans)
@@ -196,9 +201,9 @@ def benchmark(
                     "outputs": str(own) if turn == 0 and len(plans) > 1 else None,
                 }
                 found[index].append(call_alone("edgedit.bench.child:measure", order, own))
-        reference = _reference(plans)
-        reports = _reports(plans, found, names, folder, reference)
-    label = None if reference is None else plans[reference].label
+        compared = _reference(plans, reference)
+        reports = _reports(plans, found, names, folder, compared)
+    label = None if compared is None else plans[compared].label
     return BenchmarkReport(bundle.path, columns, rows, batch, length, repeat, rounds, label, reports)
 
 
@@ -272,11 +277,15 @@ def _own_inputs(
     return paths
 
 
-def _reference(plans: Sequence[ContenderPlan]) -> int | None:
+def _reference(plans: Sequence[ContenderPlan], asked: str | None) -> int | None:
     """The contender that the others' outputs are compared with: what runs the checkpoint in float32, or the bundle."""
     if len(plans) == 1:
         return None
     labels = [plan.label for plan in plans]
+    if asked is not None:
+        if asked not in labels:
+            raise InputError(f"there is no contender {asked!r} to compare with; there are {', '.join(labels)}")
+        return labels.index(asked)
     return next((labels.index(name) for name in ("diffusers", "ort-export", "openvino") if name in labels), 0)
 
 

@@ -202,7 +202,8 @@ def _turn(
 def _compare(runners: Sequence[_Candidate]) -> None:
     """How far each output is from that of the standard graph in ONNX Runtime, and who is too far to be chosen."""
     runs = [item for item in runners if item.refused is None and item.output is not None]
-    standard = next((item for item in runs if item.choice.form == "standard"), runs[0])
+    plain = [item for item in runs if item.choice.engine == "onnxruntime" and item.choice.form == "standard"]
+    standard = (plain or runs)[0]
     assert standard.output is not None
     wanted = np.load(standard.output)
     for item in runs:

@@ -25,7 +25,8 @@ def bench(
         typer.Option(
             metavar="NAME",
             help="Time beside diffusers (torch eager), ort-export (torch.onnx.export), openvino, openvino-w8, "
-            "openvino-w8a8 (OpenVINO's own conversion), or another bundle; repeat for several.",
+            "openvino-w8a8 (OpenVINO's own conversion), or a bundle, BUNDLE@ENGINE for another engine; "
+            "repeat for several.",
             show_default="nobody",
         ),
     ] = None,
@@ -84,10 +85,13 @@ def _bundle(name: str) -> str:
     """The path of a bundle at hand; the name itself, to be refused with the choices, when there is none."""
     from edgedit.errors import BundleError
 
-    try:
-        return str(find_bundle(name, hub=False))
-    except BundleError:
-        return name
+    place, at, engine = name.rpartition("@")
+    for path, suffix in ((name, ""), (place, at + engine)):
+        try:
+            return f"{find_bundle(path, hub=False)}{suffix}"
+        except BundleError:
+            continue
+    return name
 
 
 def _print(report: BenchmarkReport) -> None:

@@ -39,6 +39,8 @@ RIVALS: Mapping[str, Rival] = {
     "openvino-w8": Rival((*_TORCH, "openvino", "nncf"), "'edgedit[train,openvino]' nncf", "openvino", "w8"),
     "openvino-w8a8": Rival((*_TORCH, "openvino", "nncf"), "'edgedit[train,openvino]' nncf", "openvino", "w8a8"),
 }
+#: What may follow a bundle's path.
+_ENGINES = ("auto", "onnxruntime", "openvino")
 
 
 @dataclass
@@ -65,7 +67,7 @@ def bundle_plan(path: Path, label: str, backend: str, engine: str, threads: int 
 def rival_plans(
     names: Sequence[str], bundle: Path, source: str | Path | None, backend: str, engine: str, threads: int | None
 ) -> list[ContenderPlan]:
-    """One plan for each of `names`: a name of `RIVALS`, or the path of another bundle.
+    """One plan for each of `names`: a name of `RIVALS`, or the path of a bundle, PATH@ENGINE for another engine.
 
     Raises:
         InputError: neither the one nor the other, or a rival without `source`, the checkpoint's folder.
@@ -94,13 +96,21 @@ def rival_plans(
 
 
 def _other_bundle(name: str, backend: str, engine: str, threads: int | None) -> ContenderPlan:
+    path, _, own = name.rpartition("@")
+    if own in _ENGINES and path:
+        engine = own
+    else:
+        path = name
     try:
-        other = open_bundle(name)
+        other = open_bundle(path)
     except BundleError as error:
-        if Path(name).exists():
+        if Path(path).exists():
             raise
-        raise InputError(f"--vs {name}: choose one of {', '.join(RIVALS)}, or the path of a bundle") from error
-    return bundle_plan(other.path, other.path.name, backend, engine, threads)
+        raise InputError(
+            f"--vs {name}: choose one of {', '.join(RIVALS)}, or a bundle, as x.edgedit or x.edgedit@openvino"
+        ) from error
+    label = other.path.name if path == name else f"{other.path.name}@{engine}"
+    return bundle_plan(other.path, label, backend, engine, threads)
 
 
 def _source(name: str, bundle: Path, source: str | Path | None) -> Path:
