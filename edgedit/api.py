@@ -26,6 +26,7 @@ def load(
     source: str | Path = "builtin",
     backend: str = "auto",
     *,
+    engine: str = "auto",
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     low_ram: bool | None = None,
@@ -44,6 +45,8 @@ def load(
     Args:
         source: path of a bundle, or "builtin" for the embedded model.
         backend: "auto" or a runtime's name ("onnx", "coreml", "mlx").
+        engine: what runs the graphs of the backend "onnx": "onnxruntime", "openvino", or "auto" for what
+            `edgedit tune` found fastest on this machine, and ONNX Runtime where it has not run.
         threads: worker threads within an operator; None lets the backend choose.
         providers: ONNX Runtime execution providers, short names or full ones, by default the CPU; for MLX "gpu" or
             "cpu", by default the GPU where there is one.
@@ -73,6 +76,7 @@ def load(
         interpreter=interpreter,
         emulate_fp16=emulate_fp16,
         compute_units=compute_units,
+        engine=engine,
     )
     return Pipeline(
         bundle=bundle,

@@ -1,94 +1,227 @@
-"""How long each component takes to open and to run on this machine, and how much memory that takes."""
+"""How long each component takes to open and to run on this machine, how much memory that takes, and beside whom.
+
+Every contender runs in processes of its own, in turns (A B A B …), on the same inputs.
+"""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib import import_module
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from edgedit.bench.contenders import ContenderPlan, bundle_plan, rival_plans
+from edgedit.bench.spawn import call_alone
 from edgedit.bundle import Bundle, open_bundle
-from edgedit.device import peak_memory
 from edgedit.errors import InputError
 from edgedit.example_inputs import example_inputs
+from edgedit.metrics import Agreement, compare
 
-__all__ = ["BenchmarkReport", "ComponentTimes", "benchmark"]
+__all__ = ["BenchmarkReport", "ComponentTimes", "ContenderReport", "benchmark", "picture_size", "stage_inputs"]
+
+#: Rounds by default: with and without somebody to be compared with.
+ROUNDS_BESIDE, ROUNDS_ALONE = 3, 1
 
 
 @dataclass(frozen=True)
 class ComponentTimes:
-    """Seconds of one component: opening it, the first evaluation, and the median and best of the others.
+    """Seconds of one component of one contender.
 
-    `peak_rss` is the process's peak in bytes after it ran; components run in the manifest's order and are freed one by
-    one.
+    Attributes:
+        cold_seconds: opening it in a new process, median of the rounds; files may still be in the system's memory.
+        warm_seconds: opening it once more in the same process.
+        first_seconds: the first evaluation, median of the rounds.
+        seconds: every later evaluation, of all rounds.
+        ratio: median of this contender over that of the bundle: above 1 the bundle is faster.
+        peak_rss: most resident bytes while it was opened and run, the largest of the rounds; None where the system
+            does not tell.
+        joules: of the processor packages, an evaluation; None where the system does not tell.
+        agreement: of the output with that of `BenchmarkReport.reference`; None for the reference itself.
     """
 
     name: str
     precision: str
     shapes: dict[str, list[int]]
-    open_seconds: float
+    cold_seconds: float
+    warm_seconds: float
     first_seconds: float
-    median_seconds: float
-    best_seconds: float
+    seconds: list[float]
+    ratio: float
     peak_rss: int | None
+    joules: float | None
+    agreement: Agreement | None
+
+    @property
+    def median_seconds(self) -> float:
+        """Median of `seconds`."""
+        return statistics.median(self.seconds)
+
+    @property
+    def best_seconds(self) -> float:
+        """Least of `seconds`."""
+        return min(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "median_seconds": self.median_seconds, "best_seconds": self.best_seconds}
+
+
+@dataclass(frozen=True)
+class ContenderReport:
+    """One contender. `start_seconds`: from starting its process to being ready to open, imports included."""
+
+    label: str
+    runtime: dict[str, str]
+    start_seconds: float
+    components: list[ComponentTimes]
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """What `benchmark` measured, and on what."""
+    """What `benchmark` measured. The bundle is the first contender; `reference` is the label of the one whose outputs
+    the others' are compared with, None when there is one contender only."""
 
     bundle: Path
     width: int
     height: int
+    batch: int
+    length: int
     repeat: int
-    runtime: dict[str, str]
-    components: list[ComponentTimes]
+    rounds: int
+    reference: str | None
+    contenders: list[ContenderReport] = field(default_factory=list)
+
+    @property
+    def components(self) -> list[ComponentTimes]:
+        """Those of the bundle."""
+        return self.contenders[0].components
+
+    @property
+    def runtime(self) -> dict[str, str]:
+        """What ran the bundle."""
+        return self.contenders[0].runtime
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "bundle": str(self.bundle)}
+        contenders = [
+            {**asdict(item), "components": [part.as_dict() for part in item.components]} for item in self.contenders
+        ]
+        first = contenders[0]
+        return {
+            **asdict(self),
+            "bundle": str(self.bundle),
+            "runtime": first["runtime"],
+            "components": first["components"],
+            "contenders": contenders,
+        }
 
 
 def benchmark(
     path: str | Path,
     *,
+    vs: Sequence[str] = (),
+    source: str | Path | None = None,
     backend: str = "auto",
+    engine: str = "auto",
     threads: int | None = None,
     components: Sequence[str] | None = None,
     width: int | None = None,
     height: int | None = None,
     length: int = 120,
+    batch: int = 1,
     repeat: int = 5,
+    rounds: int | None = None,
+    reference: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchmarkReport:
     """Open and run every component (or those named) on noise, for a picture of `width` × `height` pixels.
 
     Args:
+        vs: contenders beside the bundle: names of `edgedit.bench.contenders.RIVALS`, or paths of bundles, with
+            "@openvino" or "@onnxruntime" behind them for an engine of their own.
+        source: the diffusers folder that the bundle was made from, for rivals; by default where the bundle says.
         length: text tokens.
-        repeat: evaluations after the first.
+        batch: pictures at once.
+        repeat: evaluations after the first, a round.
+        rounds: turns of each contender; 3 with others, 1 alone.
+        reference: label of the contender that outputs are compared with; by default one that runs the checkpoint in
+            float32, else the bundle.
 
     Raises:
-        InputError: a size that the model cannot draw, or a repeat below 1.
+        InputError: a size that the model cannot draw, a repeat below 1, a contender that is not one.
+        RuntimeUnavailableError: a package that a contender needs is not installed.
     """
-    if repeat < 1:
-        raise InputError(f"repeat must be at least 1, not {repeat}")
+    rounds = rounds if rounds is not None else (ROUNDS_BESIDE if vs else ROUNDS_ALONE)
+    for name, value in (("repeat", repeat), ("rounds", rounds), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
     bundle = open_bundle(path)
-    base = import_module("edgedit.runtimes.base")
-    runtime = base.open_runtime(bundle, backend, base.RuntimeOptions(threads=threads))
-    columns, rows = _size(bundle, width, height)
+    columns, rows = picture_size(bundle, width, height)
     names = list(components or bundle.manifest.components)
-    times = []
-    for index, name in enumerate(names):
-        if on_progress is not None:
-            on_progress(name, index, len(names))
-        times.append(_time(bundle, runtime, name, columns, rows, length, repeat))
-    return BenchmarkReport(bundle.path, columns, rows, repeat, runtime.describe(), times)
+    plans = [bundle_plan(bundle.path, bundle.path.name, backend, engine, threads)]
+    plans += rival_plans(vs, bundle.path, source, backend, engine, threads)
+    _distinct(plans)
+    _reference(plans, reference)
+    with tempfile.TemporaryDirectory(prefix="edgedit-bench-") as place:
+        folder, done = Path(place), 0
+        exports = sum(plan.export is not None for plan in plans)
+        total = exports + rounds * len(plans)
+
+        def tell(what: str) -> None:
+            nonlocal done
+            if on_progress is not None:
+                on_progress(what, done, total)
+            done += 1
+
+        common = _write_inputs(bundle, names, columns, rows, length, batch, folder)
+        for index, plan in enumerate(plans):
+            own = folder / str(index)
+            own.mkdir()
+            plan.stages = _own_inputs(plan, common, columns, rows, length, batch, own)
+            if plan.export is not None:
+                tell(f"export for {plan.label}")
+                order = {**plan.export, "stages": _paths(plan.stages), "folder": str(own)}
+                call_alone("edgedit.converters.training.rivals:export", order, own)
+                plan.settings["folder"] = str(own)
+        found: list[list[dict[str, Any]]] = [[] for _ in plans]
+        for turn in range(rounds):
+            for index, plan in enumerate(plans):
+                tell(f"{plan.label}, round {turn + 1}")
+                own = folder / str(index)
+                order = {
+                    "label": plan.label,
+                    "contender": plan.function,
+                    "settings": plan.settings,
+                    "stages": _paths(plan.stages),
+                    "repeat": repeat,
+                    "outputs": str(own) if turn == 0 and len(plans) > 1 else None,
+                }
+                found[index].append(call_alone("edgedit.bench.child:measure", order, own))
+        compared = _reference(plans, reference)
+        reports = _reports(plans, found, names, folder, compared)
+    label = None if compared is None else plans[compared].label
+    return BenchmarkReport(bundle.path, columns, rows, batch, length, repeat, rounds, label, reports)
 
 
-def _size(bundle: Bundle, width: int | None, height: int | None) -> tuple[int, int]:
+def _distinct(plans: Sequence[ContenderPlan]) -> None:
+    """Labels that tell the contenders apart, in the order in which they were named."""
+    seen: dict[str, int] = {}
+    for plan in plans:
+        seen[plan.label] = seen.get(plan.label, 0) + 1
+        if seen[plan.label] > 1:
+            plan.label = f"{plan.label} ({seen[plan.label]})"
+
+
+def _paths(stages: Mapping[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in stages.items()}
+
+
+def picture_size(bundle: Bundle, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height in pixels, by default what the bundle recommends. Raises InputError for what it cannot draw."""
     manifest = bundle.manifest
     recommended = manifest.recommended
     columns = width or (recommended.width if recommended else 1024)
@@ -100,31 +233,107 @@ def _size(bundle: Bundle, width: int | None, height: int | None) -> tuple[int, i
     return columns, rows
 
 
-def _time(bundle: Bundle, runtime: Any, name: str, width: int, height: int, length: int, repeat: int) -> ComponentTimes:
+def stage_inputs(bundle: Bundle, name: str, width: int, height: int, length: int, batch: int) -> dict[str, np.ndarray]:
+    """Noise for a component of a picture of `width` × `height` pixels, with all text tokens in use."""
     entry = bundle.component(name)
     space = bundle.manifest.latents
     factor = space.scale_factor if space else int(str(entry.config.get("scale_factor", 8)))
     patch = int(str(entry.config.get("patch_size", 1)))
     tokens = (height // factor // patch, width // factor // patch)
-    inputs = example_inputs(name, entry.inputs, entry.config, tokens=tokens, length=length)
-    started = time.perf_counter()
-    session = runtime.open(name)
-    opened = time.perf_counter()
-    session.run(inputs)
-    first = time.perf_counter() - opened
-    runs = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
-        session.run(inputs)
-        runs.append(time.perf_counter() - begin)
-    session.close()
-    return ComponentTimes(
-        name=name,
-        precision=bundle.artefact(name, runtime.name).precision,
-        shapes={key: list(value.shape) for key, value in inputs.items()},
-        open_seconds=opened - started,
-        first_seconds=first,
-        median_seconds=statistics.median(runs),
-        best_seconds=min(runs),
-        peak_rss=peak_memory(),
-    )
+    inputs = example_inputs(name, entry.inputs, entry.config, tokens=tokens, length=length, batch=batch)
+    # A run without padding, as prompts are encoded.
+    return {key: np.ones_like(value) if key.endswith("attention_mask") else value for key, value in inputs.items()}
+
+
+def _write_inputs(
+    bundle: Bundle, names: Sequence[str], width: int, height: int, length: int, batch: int, folder: Path
+) -> dict[str, Path]:
+    paths = {}
+    for name in names:
+        paths[name] = folder / f"inputs-{name}.npz"
+        np.savez(paths[name], **stage_inputs(bundle, name, width, height, length, batch))  # type: ignore[arg-type]
+    return paths
+
+
+def _own_inputs(
+    plan: ContenderPlan, common: Mapping[str, Path], width: int, height: int, length: int, batch: int, folder: Path
+) -> Mapping[str, Path]:
+    """The inputs of a contender: those of the bundle; of another bundle its own, filled with the bundle's by name."""
+    if "path" not in plan.settings:
+        return common
+    other, paths = open_bundle(plan.settings["path"]), {}
+    for name, path in common.items():
+        values = stage_inputs(other, name, width, height, length, batch)
+        with np.load(path) as given:
+            for key in values.keys() & given.keys():
+                if values[key].shape != given[key].shape:
+                    raise InputError(
+                        f"{plan.label}: its {name} takes {key} as {list(values[key].shape)}, not "
+                        f"{list(given[key].shape)}; the two draw with different networks"
+                    )
+                values[key] = given[key]
+        paths[name] = folder / path.name
+        np.savez(paths[name], **values)  # type: ignore[arg-type]
+    return paths
+
+
+def _reference(plans: Sequence[ContenderPlan], asked: str | None) -> int | None:
+    """The contender that the others' outputs are compared with: what runs the checkpoint in float32, or the bundle."""
+    if len(plans) == 1:
+        return None
+    labels = [plan.label for plan in plans]
+    if asked is not None:
+        if asked not in labels:
+            raise InputError(f"there is no contender {asked!r} to compare with; there are {', '.join(labels)}")
+        return labels.index(asked)
+    return next((labels.index(name) for name in ("diffusers", "ort-export", "openvino") if name in labels), 0)
+
+
+def _reports(
+    plans: Sequence[ContenderPlan],
+    found: Sequence[Sequence[Mapping[str, Any]]],
+    names: Sequence[str],
+    folder: Path,
+    reference: int | None,
+) -> list[ContenderReport]:
+    medians: dict[str, float] = {}
+    reports = []
+    for index, (plan, rounds) in enumerate(zip(plans, found, strict=True)):
+        parts = []
+        for position, name in enumerate(names):
+            stages = [turn["stages"][position] for turn in rounds]
+            seconds = [second for stage in stages for second in stage["seconds"]]
+            median = statistics.median(seconds)
+            agreement = None
+            if reference is not None and index != reference:
+                agreement = _agreement(folder, name, index, reference, plans)
+            peaks = [stage["peak_rss"] for stage in stages if stage["peak_rss"] is not None]
+            joules = [stage["joules"] for stage in stages if stage["joules"] is not None]
+            parts.append(
+                ComponentTimes(
+                    name=name,
+                    precision=stages[0]["precision"],
+                    shapes=stages[0]["shapes"],
+                    cold_seconds=statistics.median(stage["cold_seconds"] for stage in stages),
+                    warm_seconds=statistics.median(stage["warm_seconds"] for stage in stages),
+                    first_seconds=statistics.median(stage["first_seconds"] for stage in stages),
+                    seconds=seconds,
+                    ratio=median / medians.setdefault(name, median),
+                    peak_rss=max(peaks, default=None),
+                    joules=statistics.median(joules) if joules else None,
+                    agreement=agreement,
+                )
+            )
+        start = statistics.median(turn["start_seconds"] for turn in rounds)
+        reports.append(ContenderReport(plan.label, rounds[0]["runtime"], start, parts))
+    return reports
+
+
+def _agreement(folder: Path, name: str, index: int, reference: int, plans: Sequence[ContenderPlan]) -> Agreement:
+    value, wanted = (np.load(folder / str(one) / f"{name}.npy") for one in (index, reference))
+    if value.shape != wanted.shape:
+        raise InputError(
+            f"{plans[index].label}: its {name} gives {list(value.shape)}, that of {plans[reference].label} "
+            f"{list(wanted.shape)}; they are not of the same model"
+        )
+    return compare(value, wanted)

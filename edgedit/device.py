@@ -17,6 +17,7 @@ __all__ = [
     "cache_dir",
     "parse_memory",
     "peak_memory",
+    "processor_name",
     "resident_memory",
     "return_large_blocks",
 ]
@@ -34,6 +35,17 @@ def available_cores() -> int:
     except (OSError, ValueError):
         pass
     return max(1, cores)
+
+
+def processor_name() -> str:
+    """The processor's model as the system calls it; "unknown" where it does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
 
 
 def available_memory() -> int | None:

@@ -421,7 +421,7 @@ class Pipeline:
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
-        tokens = latents.shape[2] * latents.shape[3] // space.patch_size**2
+        together = self._guides_together(latents.shape[2] * latents.shape[3] // space.patch_size**2)
         cached = None
         if recipe.step_cache is not None and not recipe.step_cache.never:
             cached = CachedTransformer(self._parted(), recipe.step_cache, len(schedule) - start)
@@ -440,7 +440,7 @@ class Pipeline:
                 cached.next_step(("prompt", "negative") if guided else ("prompt",))
             if not guided or negative is None:
                 return one(x, t, prompt.hidden_states, prompt.attention_mask, "prompt"), None
-            if tokens <= GUIDANCE_BATCH_TOKENS and not self._one_at_a_time():
+            if together and not self._one_at_a_time():
                 both = one(np.concatenate([x, x]), t, *stack([prompt, negative]), "prompt", "negative")
                 return both[: len(x)], both[len(x) :]
             return (
@@ -464,6 +464,11 @@ class Pipeline:
             start=start,
             on_step=None if on_step is None else told,
         )
+
+    def _guides_together(self, tokens: int) -> bool:
+        """Whether guidance is one batch of two: as measured on this machine, or by the number of latent tokens."""
+        found = getattr(self.runtime, "guides_together", lambda _: None)(tokens)
+        return tokens <= GUIDANCE_BATCH_TOKENS if found is None else bool(found)
 
     def _conditions(self, recipe: Recipe, guidance: Guidance) -> dict[str, np.ndarray]:
         conditions: dict[str, np.ndarray] = {}

@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgedit.errors import BundleError, InputError
+from edgedit.tuning_record import load
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
 
-__all__ = ["RUNTIMES", "Choice", "Runtime", "RuntimeOptions", "Session", "choose_backend", "open_runtime"]
+__all__ = [
+    "ENGINES",
+    "RUNTIMES",
+    "Choice",
+    "Runtime",
+    "RuntimeOptions",
+    "Session",
+    "choose_backend",
+    "make_runtime",
+    "open_runtime",
+]
 
 
 class Session(Protocol):
@@ -56,6 +67,9 @@ class RuntimeOptions:
         memory_limit: bytes that the backend's allocator should stay within; None leaves its own limit.
         interpreter: evaluate Core ML programs with the numpy interpreter instead of Core ML.
         emulate_fp16: have the interpreter round every value that the program declares float16.
+        engine: what runs ONNX graphs: "onnxruntime" (None is the same), "openvino", or "auto" for what `edgedit tune`
+            found fastest on this machine, and ONNX Runtime where it has not run.
+        standard_graph: have ONNX Runtime open the canonical graph where the bundle has a form for the CPU too.
         compute_units: what Core ML may run on: "all", "cpu", "gpu" (with the CPU) or "ne" (Neural Engine with the CPU).
     """
 
@@ -66,6 +80,8 @@ class RuntimeOptions:
     interpreter: bool = False
     emulate_fp16: bool = False
     compute_units: str | None = None
+    engine: str | None = None
+    standard_graph: bool = False
 
     def only_for_coreml(self) -> str | None:
         """The flag of an option in use that only Core ML has, or None."""
@@ -82,6 +98,12 @@ RUNTIMES = {
     "onnx": "edgedit.runtimes.onnx:OnnxRuntime",
     "coreml": "edgedit.runtimes.coreml:CoremlRuntime",
     "mlx": "edgedit.runtimes.mlx:MlxRuntime",
+}
+
+#: Engine of the `onnx` backend → "module:class".
+ENGINES = {
+    "onnxruntime": RUNTIMES["onnx"],
+    "openvino": "edgedit.runtimes.openvino:OpenVinoRuntime",
 }
 
 
@@ -135,11 +157,30 @@ def open_runtime(bundle: Bundle, backend: str = "auto", options: RuntimeOptions 
     if backend != "auto" and backend not in RUNTIMES:
         raise InputError(f"unknown backend {backend!r}; choose one of: auto, {', '.join(RUNTIMES)}")
     options = options or RuntimeOptions()
-    name = choose_backend(bundle).backend if backend == "auto" else backend
+    if backend == "auto":
+        # An engine that is named says which backend is meant.
+        backend = "onnx" if options.engine not in (None, "auto") else choose_backend(bundle).backend
+    name = backend
     if name != "coreml" and (flag := options.only_for_coreml()) is not None:
         raise InputError(f"{flag} goes with --backend coreml only, not with {name}")
+    if options.engine not in (None, "auto"):
+        if options.engine not in ENGINES:
+            raise InputError(f"unknown engine {options.engine!r}; choose one of: auto, {', '.join(ENGINES)}")
+        if name != "onnx":
+            raise InputError(f"--engine {options.engine} goes with --backend onnx, not with {name}")
     if not _has_whole(bundle, name):
         raise _lacks(bundle, name)
-    module, _, attribute = RUNTIMES[name].partition(":")
+    if name != "onnx":
+        return make_runtime(bundle, RUNTIMES[name], options)
+    record = load(bundle) if options.engine == "auto" and not options.providers else None
+    if record is not None:
+        tuned = importlib.import_module("edgedit.runtimes.tuned")
+        return tuned.TunedRuntime(bundle, options, record)  # type: ignore[no-any-return]
+    return make_runtime(bundle, ENGINES["onnxruntime" if options.engine in (None, "auto") else options.engine], options)
+
+
+def make_runtime(bundle: Bundle, place: str, options: RuntimeOptions) -> Runtime:
+    """The runtime at "module:class"."""
+    module, _, attribute = place.partition(":")
     runtime: Runtime = getattr(importlib.import_module(module), attribute)(bundle, options)
     return runtime

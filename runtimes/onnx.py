@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +10,7 @@ import numpy as np
 
 from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
+from edgedit.runtimes.graph_cache import through_cache
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -117,45 +114,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _create(ort: Any, graph: Path, options: Any, providers: list[str], cache: Path | None) -> Any:
-    """Create a session, through the cache of optimised graphs when there is one.
-
-    The optimised graph depends on ONNX Runtime's version and the processor, so both are part of its key. It is written
-    beside its final place and renamed, so that a run that dies leaves nothing half written.
-    """
+    """Create a session, through the cache of optimised graphs when there is one."""
     if cache is None or providers != [CPU]:
         return ort.InferenceSession(str(graph), options, providers=providers)
-    key = hashlib.sha256()
-    key.update(graph.read_bytes())
-    for part in (ort.__version__, platform.machine(), platform.processor(), *_weights_identity(graph)):
-        key.update(part.encode())
-    folder = cache / key.hexdigest()[:32]
-    if folder.is_dir():
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return ort.InferenceSession(str(folder / "graph.onnx"), options, providers=providers)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-    try:
-        options.optimized_model_filepath = str(partial / "graph.onnx")
+
+    def make(folder: Path, fresh: bool) -> Any:
+        if not fresh:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return ort.InferenceSession(str(folder / "graph.onnx"), options, providers=providers)
+        options.optimized_model_filepath = str(folder / "graph.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "graph.onnx.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        session = ort.InferenceSession(str(graph), options, providers=providers)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been first; anything else is an error
-                raise
-        return session
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return ort.InferenceSession(str(graph), options, providers=providers)
 
-
-def _weights_identity(graph: Path) -> list[str]:
-    """Size and modification time of the weights beside a graph: they change whenever a bundle is written again."""
-    data = graph.parent / (graph.name.replace(".cpu.onnx", ".onnx") + ".data")
-    if not data.exists():
-        return []
-    stat = data.stat()
-    return [str(stat.st_size), str(stat.st_mtime_ns), str(data.resolve())]
+    return through_cache(cache, graph, ["onnxruntime", ort.__version__], make)
 
 
 class OnnxRuntime:
@@ -182,7 +154,7 @@ class OnnxRuntime:
         """Open a component; on the CPU its fused form, when the bundle has one."""
         artefact = self.bundle.component(component).artefacts["onnx"]
         graph = artefact.graph
-        if artefact.fused_graph is not None and self.providers == [CPU]:
+        if artefact.fused_graph is not None and self.providers == [CPU] and not self.options.standard_graph:
             graph = artefact.fused_graph.path
         label = f"{self.bundle.path.name}/{component}"
         return OnnxSession(

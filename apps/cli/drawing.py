@@ -48,6 +48,7 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
         with edgedit.load(
             find_bundle(request.model or "builtin", offline=request.offline),
             request.backend,
+            engine=request.engine,
             threads=request.threads,
             providers=request.providers or None,
             low_ram=request.low_ram or None,

@@ -175,6 +175,15 @@ Verbose = Annotated[
 Backend = Annotated[
     str, typer.Option(metavar="NAME", help="auto, onnx, coreml or mlx.", show_default="auto", rich_help_panel=MACHINE)
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What runs ONNX graphs on the CPU: auto, onnxruntime or openvino.",
+        show_default="auto",
+        rich_help_panel=MACHINE,
+    ),
+]
 Providers = Annotated[
     list[str] | None,
     typer.Option(

@@ -17,6 +17,7 @@ TEMPLATE_SHOWN = 80
 def bundle_document(path: Path) -> dict[str, Any]:
     """The manifest, with the folder, the model's hash and its size. Raises BundleError."""
     from edgedit.bundle import open_bundle
+    from edgedit.tuning_record import load
 
     bundle = open_bundle(path)
     packages = {}
@@ -25,6 +26,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
             from edgedit.runtimes.mil_report import report
 
             packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
+    tuned = load(bundle)
     size = sum(entry.size for entry in bundle.manifest.files.values())
     return {
         "kind": "bundle",
@@ -33,6 +35,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "size": size,
         "manifest": bundle.manifest.raw,
         "coreml": packages,
+        "tuning": None if tuned is None else tuned.as_dict(),
     }
 
 
@@ -73,6 +76,10 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     for name, part in manifest["components"].items():
         print_line(f"{name}: {_tensors(part['inputs'])} -> {_tensors(part['outputs'])}")
     print_facts({key: value for key, value in _settings(manifest).items() if value})
+    if document["tuning"]:
+        chosen = document["tuning"]["components"].items()
+        shown = [f"{name} on {p['engine']}, threads {p['threads']}, {p['form']} graph" for name, p in chosen]
+        print_facts({"tuned here": "; ".join(shown)})
     if document["coreml"]:
         _print_packages(document["coreml"], manifest["components"])
 

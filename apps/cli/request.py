@@ -51,6 +51,7 @@ class Request:
     preview: Path | None = None
     metadata: bool = True
     backend: str = "auto"
+    engine: str = "auto"
     providers: tuple[str, ...] = ()
     threads: int | None = None
     low_ram: bool = False
