@@ -173,7 +173,7 @@ class Pipeline:
     def _parts_plan(self) -> str:
         """Path of the plan of the transformer's parts. Raises InputError where a step cache cannot be had."""
         if not hasattr(self.runtime, "open_part"):
-            raise InputError(f"the backend {self.runtime.name} has no step cache; leave it out, or use backend onnx")
+            raise InputError("step caches run in ONNX Runtime only; leave it out, or choose that backend and engine")
         plan = self.bundle.component("transformer").artefacts[self.runtime.name].parts
         if plan is None:
             raise InputError(

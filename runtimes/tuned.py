@@ -36,6 +36,10 @@ class TunedRuntime:
         """Open one piece of a component that runs in tiles, in ONNX Runtime."""
         return self._default.open_piece(component, graph)  # type: ignore[attr-defined]
 
+    def open_part(self, component: str, graph: str) -> Any:
+        """Open one part of a transformer that is cut between its blocks, in ONNX Runtime."""
+        return self._default.open_part(component, graph)  # type: ignore[attr-defined]
+
     def open_canonical(self, component: str) -> Any:
         """Open the canonical graph in ONNX Runtime: the reference that `verify` compares with."""
         return self._default.open_canonical(component)  # type: ignore[attr-defined]
