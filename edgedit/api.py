@@ -26,7 +26,7 @@ def load(
     source: str | Path = "builtin",
     backend: str = "auto",
     *,
-    engine: str = "auto",
+    engine: str | None = "auto",
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     low_ram: bool | None = None,
@@ -46,7 +46,7 @@ def load(
         source: path of a bundle, or "builtin" for the embedded model.
         backend: "auto" or a runtime's name ("onnx", "coreml", "mlx").
         engine: what runs the graphs of the backend "onnx": "onnxruntime", "openvino", or "auto" for what
-            `edgedit tune` found fastest on this machine, and ONNX Runtime where it has not run.
+            `edgedit tune` found fastest on this machine, and ONNX Runtime where it has not run; None for ONNX Runtime.
         threads: worker threads within an operator; None lets the backend choose.
         providers: ONNX Runtime execution providers, short names or full ones, by default the CPU; for MLX "gpu" or
             "cpu", by default the GPU where there is one.

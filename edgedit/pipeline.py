@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from edgedit.runtimes.base import Runtime, Session
     from edgedit.tiling.schedule import Schedule
 
-__all__ = ["Pipeline", "Result"]
+__all__ = ["DECODERS", "Pipeline", "Result", "check_decoder"]
 
 #: What people call the decoders, and the components that they are.
 DECODERS = {"full": "decoder", "tiny": "tiny_decoder"}
@@ -73,6 +73,14 @@ class Result:
         return self.recipes[0]
 
 
+def check_decoder(bundle: Bundle, name: str) -> None:
+    """Raises InputError for a decoder that there is not, or that the bundle does not have."""
+    if name not in DECODERS:
+        raise InputError(f"unknown decoder {name!r}; choose one of: {', '.join(DECODERS)}")
+    if name == "tiny" and DECODERS[name] not in bundle.manifest.components:
+        raise InputError(f"{bundle.path.name} has no tiny decoder; make one with: edgedit distill --component decoder")
+
+
 @dataclass
 class Pipeline:
     """A bundle, open on one backend. Use `edgedit.load`.
@@ -97,12 +105,7 @@ class Pipeline:
     _tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.decoder not in DECODERS:
-            raise InputError(f"unknown decoder {self.decoder!r}; choose one of: {', '.join(DECODERS)}")
-        if self.decoder == "tiny" and DECODERS["tiny"] not in self.bundle.manifest.components:
-            raise InputError(
-                f"{self.bundle.path.name} has no tiny decoder; make one with: edgedit distill --component decoder"
-            )
+        check_decoder(self.bundle, self.decoder)
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from edgedit.files import sha256_file, sync_folder
 
 __all__ = ["merge_shards"]
 
-_ALIKE = ("model_hash", "jobs_sha256", "name", "low_ram", "threads", "runtime")
+_ALIKE = ("model_hash", "jobs_sha256", "name", "low_ram", "threads", "decoder", "runtime")
 _TABLES = ("jobs", "pictures", "paths", "results", "failures")
 
 

@@ -31,6 +31,7 @@ from edgedit.apps.batch.worker import WorkerSettings
 from edgedit.bundle import Bundle, open_bundle
 from edgedit.errors import InputError
 from edgedit.files import sha256_file
+from edgedit.pipeline import check_decoder
 
 __all__ = ["BatchRequest", "Summary", "run_batch"]
 
@@ -68,6 +69,7 @@ class BatchRequest:
     batch: int | None = None
     backend: str = "auto"
     providers: tuple[str, ...] = ()
+    decoder: str | None = None
     retries: int = 1
     fail_fast: bool = False
     timeout: float | None = None
@@ -189,6 +191,7 @@ def _begin(request: BatchRequest, places: Places, jobs: Path, folder: Path, dige
     from edgedit.apps.batch.naming import DEFAULT_NAME
 
     bundle = open_bundle(request.bundle or BUILTIN)
+    check_decoder(bundle, request.decoder or "full")
     template = NameTemplate(request.name or DEFAULT_NAME)
     kind = _kind(request, jobs)
     recommended = bundle.manifest.recommended
@@ -214,6 +217,7 @@ def _begin(request: BatchRequest, places: Places, jobs: Path, folder: Path, dige
         "low_ram": share.low_ram,
         "backend": request.backend,
         "providers": list(request.providers),
+        "decoder": request.decoder or "full",
         "index_bytes": 0,
         "created": time.time(),
     }
@@ -261,6 +265,7 @@ def _same_settings(ledger: Ledger, request: BatchRequest) -> None:
         "low_ram": request.low_ram,
         "providers": list(request.providers) or None,
         "backend": None if request.backend == "auto" else request.backend,
+        "decoder": request.decoder,
     }
     for key, value in asked.items():
         if value is not None and value != meta[key]:
@@ -339,6 +344,7 @@ def _draw(
             providers=tuple(ledger.meta["providers"]),
             threads=share.threads,
             low_ram=share.low_ram,
+            decoder=ledger.meta["decoder"],
             free_encoder=large,
             memory=None if request.memory is None else request.memory // share.workers,
         )

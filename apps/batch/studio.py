@@ -17,6 +17,7 @@ from edgedit.apps.batch.ledger import Picture
 from edgedit.apps.batch.recipe_book import RecipeBook
 from edgedit.errors import EdgeditError, InputError
 from edgedit.metadata import encode_image
+from edgedit.pipeline import DECODERS
 
 if TYPE_CHECKING:
     from edgedit.denoise import StepState
@@ -242,11 +243,13 @@ class Studio:
         """Decode, save and tell. Latents that cannot be decoded stay for the next attempt."""
         try:
             started = time.monotonic()
-            self._open("decoder")
+            self._open(DECODERS[self.pipe.decoder])
             (image,) = self.pipe.decode(item.latents)
             decoded = time.monotonic()
             recipe = item.recipe.as_dict(self.pipe.bundle, seed=item.picture.seed, runtime=self.runtime)
             recipe |= item.facts
+            if self.pipe.decoder != "full":
+                recipe["decoder"] = self.pipe.decoder
             data = encode_image(image, item.picture.path, recipe)
             try:
                 extra = self.sink.picture(item.picture.path, data)

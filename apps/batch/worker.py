@@ -38,13 +38,15 @@ class WorkerSettings:
     providers: tuple[str, ...] = ()
     threads: int = 1
     low_ram: bool = False
+    decoder: str = "full"
     free_encoder: bool = False
     memory: int | None = None
 
 
 def identity_of(settings: WorkerSettings, runtime: dict[str, str]) -> str:
     """Names everything besides the job that a picture's bytes may depend on."""
-    return f"{settings.model_hash} {sorted(runtime.items())} threads={settings.threads} low_ram={settings.low_ram}"
+    machine = f"threads={settings.threads} low_ram={settings.low_ram} decoder={settings.decoder}"
+    return f"{settings.model_hash} {sorted(runtime.items())} {machine}"
 
 
 def open_pipeline(settings: WorkerSettings, embeddings: Path) -> Any:
@@ -59,6 +61,9 @@ def open_pipeline(settings: WorkerSettings, embeddings: Path) -> Any:
         threads=settings.threads,
         providers=settings.providers or None,
         low_ram=settings.low_ram,
+        decoder=settings.decoder,
+        # What was measured fastest differs from machine to machine, and pictures of one batch are drawn alike.
+        engine=None,
     )
     if pipe.bundle.model_hash != settings.model_hash:
         raise BundleError(f"{settings.bundle}: was replaced during the run; put the bundle back and start again")

@@ -150,6 +150,10 @@ def run(
             "--provider", metavar="NAME", help="As for generate.", show_default="cpu", rich_help_panel=MACHINE
         ),
     ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="As for generate.", show_default="full", rich_help_panel=MACHINE),
+    ] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Never use the network, for a Hub id neither.", rich_help_panel=MACHINE)
     ] = False,
@@ -183,6 +187,7 @@ def run(
         batch=batch_size,
         backend=backend,
         providers=tuple(provider or ()),
+        decoder=decoder,
         retries=retries,
         fail_fast=fail_fast,
         timeout=timeout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,24 @@ def test_flags_that_would_do_nothing_are_refused(
     assert main(["distill", str(folder), "-o", str(tmp_path / "x"), *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_decodes_with_it_from_beginning_to_end(
+    made: Callable[[str], tuple[Any, Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a cat", "steps": 1, "size": "16x16"}\n', encoding="utf-8")
+    call = [
+        "batch",
+        str(tmp_path / "jobs.jsonl"),
+        "-m",
+        str(made("pixart-sigma")[2]),
+        "-o",
+        str(tmp_path / "out"),
+        "-q",
+    ]
+    assert main([*call, "--decoder", "tiny"]) == 0
+    (line,) = (tmp_path / "out" / "index.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["recipe"]["decoder"] == "tiny"
+    capsys.readouterr()
+    assert main([*call, "--decoder", "full"]) == 2
+    assert "was begun with --decoder tiny" in capsys.readouterr().err
