@@ -13,7 +13,10 @@ from edgedit.converters.tiling.positions import Kind, Layout
 
 __all__ = ["Cost", "cost_of"]
 
-#: Operators whose output ONNX Runtime writes over an input that is not needed any more.
+#: Operators that ONNX Runtime does within the convolution before.
+_FUSED = frozenset(["Add", "Relu"])
+#: Operators that write over an input that is not needed any more, where its shape is known to be that of the output: up
+#: to the first convolution or resampling, behind which sizes that vary have no names.
 _IN_PLACE = frozenset("Add Clip Div Gelu Mul Neg Relu Sigmoid Sqrt Sub Tanh".split())
 #: Operators whose output is their input's memory under another shape.
 _ALIASES = frozenset("Identity Reshape Squeeze Unsqueeze".split())
@@ -54,7 +57,11 @@ def cost_of(
             if users[root] == 0:
                 current -= size[root]
 
+    named = {v for node in nodes for v in node.inputs if v is not None} - {v for n in nodes for v in n.outputs}
     for i, node in enumerate(nodes):
+        placed = [v for v in node.inputs if v is not None and share(v)]
+        if node.op_type in _IN_PLACE and any(v in named for v in placed):
+            named.update(node.outputs)
         flops += _flops(node, share)
         dying = [v for v in dict.fromkeys(node.inputs) if v is not None and last.get(v) == i]
         extra = 0.0
@@ -73,7 +80,10 @@ def cost_of(
                 made[value] = owner[node.inputs[0]]  # type: ignore[index]
             elif node.op_type in _ALIASES:
                 continue
-            elif node.op_type in _IN_PLACE and reuse is not None:
+            elif reuse is not None and (
+                (node.op_type in _FUSED and len(placed) == len(node.inputs))
+                or (node.op_type in _IN_PLACE and value in named)
+            ):
                 made[value] = owner[reuse]
             else:
                 made[value] = value
