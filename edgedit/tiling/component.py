@@ -95,7 +95,8 @@ def choose(
     if tiling.mode == "off" or (tiling.mode == "auto" and not explicit and whole <= room):
         if asked is not None and whole > room:
             raise InputError(
-                f"{_size(asked)} do not suffice to run the {component} whole, which takes {_size((whole + held) / SAFE_SHARE)}; "
+                f"{_size(asked)} do not suffice to run the {component} whole, which takes "
+                f"{_size((whole + held) / SAFE_SHARE)}; "
                 "choose tiling auto or allow more"
             )
         return pieces, None
