@@ -421,7 +421,7 @@ class Pipeline:
         if tiling.max_memory is not None:
             # What other components hold counts as well.
             self.close()
-        scaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
+        scaled = (latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)).astype(np.float32)
 
         def clipped(top: int, rows: np.ndarray) -> None:
             on_rows(top, np.clip(rows, -1.0, 1.0, out=rows if rows.flags.writeable else None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -77,7 +77,7 @@ def cost_of(
                 None,
             )
             if node.op_type in _ALIASES and node.inputs[0] in owner:
-                made[value] = owner[node.inputs[0]]  # type: ignore[index]
+                made[value] = owner[node.inputs[0]]
             elif node.op_type in _ALIASES:
                 continue
             elif reuse is not None and (
@@ -102,21 +102,19 @@ def cost_of(
     return Cost(flops, peak)
 
 
-def _flops(node: ir.Node, share: object) -> float:
-    count = share  # type: ignore[assignment]
-    out = count(node.outputs[0])  # type: ignore[operator]
+def _flops(node: ir.Node, share: Callable[[ir.Value], float]) -> float:
+    out = share(node.outputs[0])
     if node.op_type == "Conv":
         weight = node.inputs[1]
         shape = _shape(weight)
         return 2.0 * out * math.prod(shape[1:])
     if node.op_type == "MatMul":
-        right = _shape(node.inputs[1])
-        left_positions = count(node.inputs[0])  # type: ignore[operator]
+        right, left = _shape(node.inputs[1]), node.inputs[0]
         if out and right:
             return 2.0 * out * (right[-2] if len(right) > 1 else 1)
         # A contraction over positions: every element of one side meets a column of the other.
         shape = _shape(node.outputs[0])
-        return 2.0 * left_positions * (shape[-1] if shape else 1)
+        return 2.0 * (0.0 if left is None else share(left)) * (shape[-1] if shape else 1)
     return out
 
 

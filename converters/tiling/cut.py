@@ -262,7 +262,7 @@ class _Cutter:
                     ends.append(candidate)
                     candidate, mixed = None, False
                 mixed = node.op_type == "Conv" or mixed
-            live.update(v for v in node.inputs if v in last_use)  # type: ignore[misc]
+            live.update(v for v in node.inputs if v in last_use)
             live.update(v for v in node.outputs if v in last_use)
             live = {v for v in live if last_use[v] > i}
             if mixed and len(live) == 1:

@@ -28,15 +28,13 @@ def piece_model(
     copies: list[ir.Node] = []
     for node in nodes:
         taken: list[ir.Value | None] = []
-        for value in node.inputs:
-            if value is not None and value not in values:
-                if value.const_value is None:
-                    raise ConversionError(f"{node.name}: its input {value.name} is missing from the piece {name}")
-                values[value] = ir.Value(
-                    name=value.name, type=value.type, shape=value.shape, const_value=value.const_value
-                )
-                initializers.append(values[value])
-            taken.append(None if value is None else values[value])
+        for used in node.inputs:
+            if used is not None and used not in values:
+                if used.const_value is None:
+                    raise ConversionError(f"{node.name}: its input {used.name} is missing from the piece {name}")
+                values[used] = ir.Value(name=used.name, type=used.type, shape=used.shape, const_value=used.const_value)
+                initializers.append(values[used])
+            taken.append(None if used is None else values[used])
         copy = ir.Node(
             node.domain,
             node.op_type,
@@ -100,7 +98,8 @@ def attend_model(node: ir.Node, channels: int) -> ir.Model:
     op = GraphBuilder(graph).op
 
     def split(x: ir.Value, perm: list[int]) -> ir.Value:
-        return op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, heads, width])), perm=perm)
+        made: ir.Value = op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, heads, width])), perm=perm)
+        return made
 
     scores = op.MatMul(op.Mul(split(queries, [0, 2, 1, 3]), float(scale)), split(keys, [0, 2, 3, 1]))
     last = op.Constant(value_ints=[-1])

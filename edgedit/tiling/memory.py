@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgedit.tiling.pieces import Attend, Local, Pieces, Sums
+from edgedit.tiling.program import Pass
 from edgedit.tiling.regions import Extent, Region, needs
-from edgedit.tiling.run import KEYS_AT_ONCE, Pass
+from edgedit.tiling.run import KEYS_AT_ONCE
 
 __all__ = ["FIXED", "WEIGHTS_COPIES", "PassCost", "pass_cost", "weights_of", "whole_peak"]
 

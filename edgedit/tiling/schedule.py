@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from edgedit.tiling.memory import FIXED, PassCost, pass_cost, weights_of
 from edgedit.tiling.pieces import Attend, Gather, Local, Moments, Pieces
+from edgedit.tiling.program import Pass, Program
 from edgedit.tiling.regions import Extent, needs, tiles
-from edgedit.tiling.run import Pass, Program
 
 __all__ = ["Budget", "Schedule", "make_schedule"]
 

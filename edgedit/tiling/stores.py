@@ -79,8 +79,7 @@ class FileMap:
         buffer = np.empty((self._channels, self._block, self._block), np.float32)
         for row, column, part in self._parts(region):
             self._file.seek((row * self._across + column) * self._bytes)
-            if self._file.readinto(memoryview(buffer).cast("B")) != self._bytes:  # type: ignore[attr-defined]
-                raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+            _read(self._file, buffer)
             square = Region(
                 row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block
             )
@@ -163,8 +162,7 @@ class Tokens:
         for start in range(0, self.count, size):
             block = np.empty((1, min(size, self.count - start), self._channels), np.float32)
             self._file.seek(start * self._channels * 4)
-            if self._file.readinto(memoryview(block).cast("B")) != block.nbytes:  # type: ignore[attr-defined]
-                raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+            _read(self._file, block)
             yield block
 
     def close(self) -> None:
@@ -177,15 +175,21 @@ class Tokens:
 def _scratch(folder: Path) -> IO[bytes]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=folder, prefix="tiles-", buffering=0)  # type: ignore[return-value]
+        return tempfile.TemporaryFile(dir=folder, prefix="tiles-", buffering=0)
     except OSError as error:
         raise InputError(
             f"{folder}: no scratch file for the tiles ({error.strerror}); set EDGEDIT_CACHE to a folder with room"
         ) from error
 
 
+def _read(file: IO[bytes], into: Floats) -> None:
+    data = into.reshape(-1).view(np.uint8).data
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+
+
 def _write(file: IO[bytes], place: int, values: Floats) -> None:
-    data = memoryview(values).cast("B")
+    data = values.reshape(-1).view(np.uint8).data
     try:
         file.seek(place)
         done = 0
