@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square on a white background
+SEED ?= 1
 JOBS ?= 2
 
-.PHONY: demo test check-full lint format clean
+.PHONY: demo test check-full bench lint format golden clean
 
 demo: $(VENV)/.core
-	$(BIN)/edgedit generate "$(PROMPT)" --output demo.png
+	$(BIN)/edgedit generate "$(PROMPT)" --seed $(SEED) --output demo.png
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" \
@@ -16,6 +17,10 @@ test: $(VENV)/.test lint
 
 check-full: $(VENV)/.test
 	$(BIN)/python -m pytest -m full -s
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/bench/attention_cost.py build/bench
+	$(BIN)/python tests/bench/sana_step.py | tee build/bench/sana_step.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -28,6 +33,9 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: $(VENV)/.core
+	$(BIN)/python tests/golden/make_golden.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedit needs Python 3.11 or later: make PYTHON=python3.11")'

@@ -7,7 +7,7 @@ checked before it is believed. Weights stay on disk until they are asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edgedit.converters.layout import (
     pipeline_parts,
     plan_files,
 )
+from edgedit.converters.own_record import OwnRecord, read_own_record
 from edgedit.converters.single_file import read_single_file
 from edgedit.converters.strict_json import read_object
 from edgedit.converters.tensors import TensorRef, quoted
@@ -53,6 +54,8 @@ class Checkpoint:
         tokenizer_dirs: the folders of the tokenizers, by name.
         model_index: the content of model_index.json; empty without one.
         notes: choices the user should hear of, one line each (which variant, which state dict).
+        own: what its `edgedit.json` states. The operators of its `attention` are in the transformer's configuration
+            too, as `self_attention`.
     """
 
     source: str
@@ -64,6 +67,7 @@ class Checkpoint:
     tokenizer_dirs: Mapping[str, Path] = field(default_factory=dict)
     model_index: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    own: OwnRecord = field(default_factory=OwnRecord)
 
 
 def open_checkpoint(
@@ -108,7 +112,9 @@ def open_checkpoint(
     if variant is not None:
         raise CheckpointError(f"{path} is a single file, which has no variants: leave the variant out.")
     component, notes = read_single_file(path, config)
-    return _only(components, Checkpoint(str(source), path, None, None, {component.name: component}, notes=notes))
+    own = read_own_record(path.parent) if (path.parent / CONFIG).is_file() else OwnRecord()
+    networks = _with_operators({component.name: component}, own)
+    return _only(components, Checkpoint(str(source), path, None, None, networks, notes=notes, own=own))
 
 
 def _open_repository(
@@ -150,7 +156,9 @@ def _open_folder(
     name = component_name(path, library, class_name)
     component, notes = read_component(name, library, class_name, own_config, folder, weights)
     notes = ((weights.note,) if weights.note else ()) + notes
-    return _only(components, Checkpoint(source, path, revision, None, {name: component}, notes=notes))
+    own = read_own_record(path)
+    networks = _with_operators({name: component}, own)
+    return _only(components, Checkpoint(source, path, revision, None, networks, notes=notes, own=own))
 
 
 def _open_pipeline(
@@ -184,9 +192,20 @@ def _open_pipeline(
             notes += more
     if not networks:
         raise CheckpointError(f"{folder.root / MODEL_INDEX} names no network: download the checkpoint again.")
+    own = read_own_record(folder.root)
+    networks = _with_operators(networks, own)
     return Checkpoint(
-        source, folder.root, revision, pipeline_class, networks, scheduler, tokenizers, index, tuple(notes)
+        source, folder.root, revision, pipeline_class, networks, scheduler, tokenizers, index, tuple(notes), own
     )
+
+
+def _with_operators(networks: Mapping[str, ComponentSource], own: OwnRecord) -> dict[str, ComponentSource]:
+    """The networks, the transformer told which self-attention operators it has."""
+    told = dict(networks)
+    if own.attention and "transformer" in told:
+        source = told["transformer"]
+        told["transformer"] = replace(source, config={**source.config, "self_attention": list(own.attention)})
+    return told
 
 
 def _only(components: Sequence[str] | None, checkpoint: Checkpoint) -> Checkpoint:

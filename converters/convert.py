@@ -14,19 +14,22 @@ import onnx_ir as ir
 from edgedit.bundle_writer import BundleWriter
 from edgedit.converters import reference
 from edgedit.converters.checkpoint import Checkpoint, ComponentSource, open_checkpoint
+from edgedit.converters.coreml import CoremlOptions, CoremlPlan, plan_coreml
 from edgedit.converters.families import BUILDERS, Family, builder, family_of
 from edgedit.converters.graph import Component, bind, build
 from edgedit.converters.lowerings import onnx as onnx_lowering
-from edgedit.converters.manifest import Section, describe
-from edgedit.converters.measure import fit_preview, measure_onnx
+from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
+from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
+from edgedit.converters.mlx import MlxPlan, plan_mlx
+from edgedit.converters.passes.quantize import PRESETS
 from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
 
-__all__ = ["TARGETS", "ComponentReport", "ConversionReport", "convert"]
+__all__ = ["TARGETS", "ArtefactReport", "ComponentReport", "ConversionReport", "convert"]
 
 #: Backends that `to` may name.
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "coreml", "mlx")
 #: Components with fewer weight bytes are run after they are written, to measure their agreement. Running a larger one
 #: takes more memory than converting it; `edgedit verify` and `measure=True` do it on request.
 MEASURE_BELOW = 256 << 20
@@ -35,10 +38,20 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class ComponentReport:
-    """What became of one component.
+class ArtefactReport:
+    """One backend's form of a component: bytes in the bundle, 0 in a dry run; `parity` is None when not measured."""
 
-    `size` is bytes in the bundle, 0 in a dry run; `parity` is None when not measured.
+    backend: str
+    precision: str
+    size: int
+    parity: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """What became of one component: `artefacts` by backend, and their total size.
+
+    `precision` and `parity` are those of the first backend; `parity` is None when not measured.
     """
 
     name: str
@@ -49,6 +62,7 @@ class ComponentReport:
     precision: str
     dropped: list[tuple[str, str]]
     parity: dict[str, Any] | None
+    artefacts: list[ArtefactReport]
 
 
 @dataclass(frozen=True)
@@ -81,14 +95,24 @@ class _Job:
     component: Component
     model: ir.Model
     dropped: list[tuple[str, str]]
-    section: Section | None = None
-    parity: dict[str, Any] | None = None
-    size: int = 0
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    parity: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    precisions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def section(self) -> Section:
+        written = {backend: Written(artefact, self.parity.get(backend)) for backend, artefact in self.artefacts.items()}
+        return Section(self.component, self.parameters, written)
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(ref.shape) for key, ref in self.source.tensors.items() if key not in dict(self.dropped))
+
+    def is_measured(self, asked: bool | None) -> bool:
+        """Whether its agreement is recorded: when that is asked for, or nothing is said and it is small."""
+        return bool(asked) or (asked is None and 4 * self.parameters < MEASURE_BELOW)
 
 
 def convert(
@@ -97,6 +121,9 @@ def convert(
     *,
     to: Sequence[str] = ("onnx",),
     dtype: str = "fp32",
+    sizes: Sequence[tuple[int, int]] | None = None,
+    coreml: CoremlOptions | None = None,
+    mlx_weights: str | None = None,
     components: Sequence[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -113,7 +140,14 @@ def convert(
         source: a diffusers folder, one component's folder, a weights file, or a Hub id.
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
-        dtype: "fp32", or "fp16" for weights stored as float16 (arithmetic stays float32).
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8" or "w4" for weights in so
+            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well. Core ML and MLX take fp32 and
+            fp16; Core ML computes in float16 where it can, and MLX in a transformer.
+        sizes: (width, height) in pixels that fixed shapes are made for: packages of Core ML, by default of the model's
+            own size, and functions of MLX (`.mlxfn`), by default none.
+        coreml: how Core ML packages are made.
+        mlx_weights: quantize the matrices of the transformer and the text encoder for MLX: "q2" to "q8" with "-g32",
+            "-g64" or "-g128" after it, "mxfp4", "mxfp8" or "nvfp4"; None leaves them in `dtype`.
         components: bundle components to convert ("transformer", "text_encoder", "decoder", "encoder"); all by default.
         revision, offline, variant: which files of the source to take; see `open_checkpoint`.
         name: the model's name in the manifest; the bundle's file name by default.
@@ -127,6 +161,7 @@ def convert(
         CheckpointError: the source is missing, damaged or unsafe.
         ConversionError: a class, option or weight that cannot be converted, or no room on the disk.
         BundleError: the target exists or cannot be written.
+        RuntimeUnavailableError: a backend that is needed to convert for it is not on this machine.
     """
     started = time.perf_counter()
     for target in to:
@@ -134,39 +169,52 @@ def convert(
             raise ConversionError(f"unknown target {target!r}; choose from: {', '.join(TARGETS)}")
     if dtype not in onnx_lowering.DTYPES:
         raise ConversionError(f"unknown dtype {dtype!r}; choose from: {', '.join(onnx_lowering.DTYPES)}")
+    if not to:
+        raise ConversionError(f"no target given; choose from: {', '.join(TARGETS)}")
+    if "coreml" in to and dtype in PRESETS:
+        raise ConversionError(f"dtype {dtype} is for ONNX; for Core ML choose fp16 and quantized Core ML weights")
+    if "mlx" in to and dtype in PRESETS:
+        raise ConversionError(f"dtype {dtype} is for ONNX; for MLX choose fp16 and quantized MLX weights")
+    if "coreml" not in to and coreml:
+        raise ConversionError("Core ML options need the target coreml; add it to the targets")
+    if "mlx" not in to and mlx_weights is not None:
+        raise ConversionError("MLX weights need the target mlx; add it to the targets")
+    if sizes and not {"coreml", "mlx"} & set(to):
+        raise ConversionError("sizes need the target coreml or mlx; add it to the targets")
     checkpoint = open_checkpoint(source, revision=revision, offline=offline, variant=variant)
     jobs = _plan(checkpoint, components)
     family = _family(checkpoint, jobs)
+    guidance_of(checkpoint, family, {job.name: job.component.runtime for job in jobs})
     tokenizer = _tokenizer(checkpoint, jobs)
     notes = [*checkpoint.notes]
-    options = {"to": list(to), "dtype": dtype, "components": [job.name for job in jobs], "variant": variant}
+    names = [job.name for job in jobs]
+    options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
+    plan, mlx = None, None
+    planned = {job.name: job.component for job in jobs}
+    if "coreml" in to:
+        plan = plan_coreml(checkpoint, family, planned, tokenizer, sizes, coreml)
+        options["coreml"] = plan.as_dict()
+    if "mlx" in to:
+        mlx = plan_mlx(checkpoint, family, planned, tokenizer, sizes, mlx_weights)
+        options["mlx"] = mlx.as_dict()
+    for job in jobs:
+        job.precisions = dict.fromkeys(to, dtype)
+        if mlx is not None:
+            job.precisions["mlx"] = mlx.precision(job.name, dtype)
     if dry_run:
-        return _report(None, family, checkpoint, jobs, notes, started, dtype)
+        return _report(None, family, checkpoint, jobs, notes, started)
 
     with BundleWriter(bundle, overwrite=overwrite) as writer:
         preview = None
         for job in jobs:
-            artefact = onnx_lowering.write(
-                job.model, writer.root, job.name, dtype=dtype, on_tensor=_counter(job.name, on_progress)
-            )
-            if job.name in TILED:
-                stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
-                artefact = write_pieces(writer.root, job.name, artefact, stride)
-            job.size = sum((writer.root / path).stat().st_size for path in artefact.files)
-            small = 4 * job.parameters < MEASURE_BELOW
-            if measure or (measure is None and small):
-                fresh = None if dtype == "fp32" else _canonical(job.source, job.name)[1]
-                job.parity = measure_onnx(writer.root, job.component, artefact, fresh)
-                if job.name == "decoder":
-                    preview = fit_preview(writer.root, job.component, artefact)
-            else:
-                inputs = reference.reference_inputs(job.component)
-                reference.save(writer.root / "reference" / f"{job.name}.npz", inputs, {})
-            if measure is None and not small:
-                notes.append(
-                    f"{job.name}: agreement not measured (over 256 MiB); measure with: edgedit convert --measure"
-                )
-            job.section = Section(job.component, job.parameters, artefact, job.parity)
+            forms = _lower(job, writer.root, to, dtype, plan, mlx, measure, _counter(job.name, on_progress))
+            fitted = _measure(job, writer.root, forms, plan, measure, own=dtype == "fp32")
+            preview = fitted or preview
+            notes += job.notes
+            job.sizes = {
+                backend: sum((writer.root / path).stat().st_size for path in artefact.files)
+                for backend, artefact in job.artefacts.items()
+            }
         if tokenizer is not None:
             folder = writer.root / "tokenizer"
             folder.mkdir()
@@ -174,14 +222,83 @@ def convert(
         manifest = describe(
             checkpoint,
             family,
-            {job.name: job.section for job in jobs if job.section is not None},
+            {job.name: job.section for job in jobs},
             tokenizer=tokenizer,
             preview=preview,
             name=name or Path(bundle).name.removesuffix(".edgedit"),
             options=options,
         )
         writer.finish(manifest)
-    return _report(Path(bundle), family, checkpoint, jobs, notes, started, dtype)
+    return _report(Path(bundle), family, checkpoint, jobs, notes, started)
+
+
+def _lower(
+    job: _Job,
+    root: Path,
+    to: Sequence[str],
+    dtype: str,
+    plan: CoremlPlan | None,
+    mlx: MlxPlan | None,
+    measure: bool | None,
+    on_tensor: Callable[[int, int], None] | None,
+) -> dict[str, list[Opener]]:
+    """Write a component for every target; what opens each form again. A lowering takes its graph apart."""
+    forms: dict[str, list[Opener]] = {}
+    for index, target in enumerate(dict.fromkeys(to)):
+        model = job.model if index == 0 else _canonical(job.source, job.name)[1]
+        if target == "onnx":
+            written = onnx_lowering.write(model, root, job.name, dtype=dtype, on_tensor=on_tensor)
+            if job.name in TILED:
+                stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
+                written = write_pieces(root, job.name, written, stride)
+            forms[target], job.artefacts[target] = onnx_sessions(root, written), written
+        elif target == "mlx" and mlx is not None:
+            job.artefacts[target], forms[target] = mlx.write(
+                job.component, model, root, dtype=dtype, check=job.is_measured(measure), on_tensor=on_tensor
+            )
+        elif target == "coreml" and plan is not None:
+            package, openers = plan.write(job.component, model, root, dtype=dtype)
+            forms[target], job.artefacts[target] = openers, package
+    return forms
+
+
+def _measure(
+    job: _Job,
+    root: Path,
+    forms: Mapping[str, list[Opener]],
+    plan: CoremlPlan | None,
+    measure: bool | None,
+    *,
+    own: bool,
+) -> dict[str, Any] | None:
+    """Record a component's reference inputs and, where it is small enough or asked for, outputs and agreement.
+
+    `own`: the ONNX form is the fp32 graph itself. Returns the preview that a decoder allows.
+    """
+    sizes = plan.reference_sizes(job.name) if plan is not None and plan.measured(measure) else None
+    run = {backend: opened for backend, opened in forms.items() if backend != "coreml" or sizes is not None}
+    preview = None
+    if run and job.is_measured(measure):
+        fresh = None if own and "onnx" in run else _canonical(job.source, job.name)[1]
+        job.parity = measure_forms(root, job.component, run, fresh, sizes)
+        if job.name == "decoder":
+            if "onnx" in run:
+                preview = fit_preview(job.component, run["onnx"][0])
+            else:
+                with canonical_form(root, job.component, _canonical(job.source, job.name)[1]) as form:
+                    preview = fit_preview(job.component, form)
+    else:
+        reference.save(
+            root / "reference" / f"{job.name}.npz", reference.reference_inputs(job.component, **(sizes or {})), {}
+        )
+    if measure is None and not job.is_measured(None):
+        job.notes.append(f"{job.name}: agreement not measured (over 256 MiB); measure with: edgedit convert --measure")
+    elif measure is None and len(run) < len(forms):
+        job.notes.append(
+            f"{job.name}: the Core ML package was not run (pictures over 512x512 take the interpreter minutes); "
+            "run it with: edgedit convert --measure"
+        )
+    return preview
 
 
 def _report(
@@ -191,7 +308,6 @@ def _report(
     jobs: list[_Job],
     notes: list[str],
     started: float,
-    dtype: str,
 ) -> ConversionReport:
     return ConversionReport(
         bundle=bundle,
@@ -203,16 +319,29 @@ def _report(
                 architecture=job.component.architecture,
                 class_name=job.source.class_name,
                 parameters=job.parameters,
-                size=job.size,
-                precision=dtype,
+                size=sum(job.sizes.values()),
+                precision=artefacts[0].precision,
                 dropped=job.dropped,
-                parity=job.parity,
+                parity=artefacts[0].parity,
+                artefacts=artefacts,
             )
-            for job in jobs
+            for job, artefacts in ((job, _artefacts(job)) for job in jobs)
         ],
         notes=notes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _artefacts(job: _Job) -> list[ArtefactReport]:
+    return [
+        ArtefactReport(
+            backend,
+            job.artefacts[backend].precision if backend in job.artefacts else precision,
+            job.sizes.get(backend, 0),
+            job.parity.get(backend),
+        )
+        for backend, precision in job.precisions.items()
+    ]
 
 
 def _plan(checkpoint: Checkpoint, wanted: Sequence[str] | None) -> list[_Job]:

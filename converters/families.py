@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from edgedit.converters.graph import Component
@@ -51,9 +51,10 @@ class Family:
         transformer_classes: for a transformer converted alone.
         template: how its prompts are built (diffusers' `encode_prompt` of the pipeline class).
         guidance: the manifest's guidance section.
-        steps, guidance_scale: what the reference pipeline uses when the user says nothing.
-        few_steps: the same for schedulers of distilled models: (steps, guidance scale).
+        steps, guidance_scale: what the reference pipeline uses when the user says nothing. Distilled models of the
+            family are in `edgedit.converters.few_steps`.
         uses_shift_factor: whether the reference pipeline applies the autoencoder's shift_factor.
+        scales_timestep: whether the reference pipeline multiplies timesteps by the transformer's timestep_scale.
         example: a published checkpoint.
     """
 
@@ -64,8 +65,8 @@ class Family:
     guidance: Mapping[str, Any]
     steps: int
     guidance_scale: float
-    few_steps: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     uses_shift_factor: bool = False
+    scales_timestep: bool = False
     example: str = ""
 
 
@@ -98,7 +99,6 @@ _SANA_INSTRUCTION = (
 )
 
 _CFG = {"kind": "cfg"}
-_PIXART_FEW = {"LCMScheduler": (4, 1.0), "TCDScheduler": (4, 1.0)}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -109,7 +109,6 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
-        few_steps=_PIXART_FEW,
         example="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ),
     Family(
@@ -120,7 +119,6 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
-        few_steps=_PIXART_FEW,
         example="PixArt-alpha/PixArt-XL-2-1024-MS",
     ),
     Family(
@@ -131,6 +129,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
+        scales_timestep=True,
         example="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     ),
     Family(

@@ -17,6 +17,7 @@ from edgedit.errors import CheckpointError
 __all__ = [
     "CONFIG",
     "MODEL_INDEX",
+    "OWN_RECORD",
     "SCHEDULER_CONFIG",
     "PipelinePart",
     "Plan",
@@ -206,6 +207,7 @@ def plan_files(listing: Listing, variant: str | None, components: Sequence[str] 
             else:
                 chosen.append(_plan_weights(listing, f"{part.name}/", variant, needed))
     elif CONFIG in listing.files:
+        needed |= {OWN_RECORD} & set(listing.files)
         chosen.append(_plan_weights(listing, "", variant, needed))
     else:
         weights = sorted(name for name in listing.files if name.endswith((".safetensors", ".pth", ".pt", ".bin")))

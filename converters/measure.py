@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +18,72 @@ from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.lowerings.onnx import OnnxArtefact
 from edgedit.metrics import Agreement, compare
 from edgedit.noise import make_noise
+from edgedit.runtimes.base import Session
 from edgedit.runtimes.onnx import CPU, OnnxSession
 
-__all__ = ["fit_preview", "measure_onnx"]
+__all__ = ["Opener", "canonical_form", "fit_preview", "measure_forms", "onnx_sessions"]
 
 AGAINST = "canonical fp32 graph, ONNX Runtime on the CPU"
 
+#: Opens a form of a component that was just written.
+Opener = Callable[[], Session]
 
-def measure_onnx(
-    root: Path, component: Component, artefact: OnnxArtefact, canonical: ir.Model | None
-) -> dict[str, Any]:
-    """Compare every graph of `artefact`, read back from disk, with the canonical fp32 graph; the worst figures count.
 
-    Writes the reference inputs and outputs into the bundle. `canonical` is the fp32 graph with lazy weights, or None
-    when the artefact's own graph is it.
-    """
-    inputs = reference.reference_inputs(component)
-    if canonical is None:
-        outputs = _run(root / artefact.graph, inputs)
-    else:
-        place = root / ".canonical"
-        try:
-            whole = onnx_lowering.write(canonical, root, component.name, dtype="fp32", folder=place.name)
-            outputs = _run(root / whole.graph, inputs)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-    reference.save(root / "reference" / f"{component.name}.npz", inputs, outputs)
+def onnx_sessions(root: Path, artefact: OnnxArtefact) -> list[Opener]:
+    """The graph and its CPU form."""
     graphs = [artefact.graph] + ([artefact.fused_graph] if artefact.fused_graph else [])
-    found = [_worst(_run(root / graph, inputs), outputs) for graph in graphs]
-    worst = max(found, key=lambda a: a.relative_l2)
-    return {"against": AGAINST, **worst.as_dict(), "psnr_db": None if worst.max_abs == 0 else worst.psnr_db}
+    return [partial(OnnxSession, root / graph, [CPU], None, None, Path(graph).stem) for graph in graphs]
 
 
-def _run(graph: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    session = OnnxSession(graph, [CPU], None, None, graph.stem)
+@contextmanager
+def canonical_form(root: Path, component: Component, model: ir.Model) -> Iterator[Opener]:
+    """The fp32 graph with lazy weights as something to open, written beside the bundle's files while the block runs."""
+    place = root / ".canonical"
+    try:
+        whole = onnx_lowering.write(model, root, component.name, dtype="fp32", folder=place.name)
+        yield onnx_sessions(root, whole)[0]
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def measure_forms(
+    root: Path,
+    component: Component,
+    written: Mapping[str, Sequence[Opener]],
+    canonical: ir.Model | None,
+    sizes: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compare every form of a component, read back from disk, with the canonical fp32 graph.
+
+    Writes the reference inputs and outputs into the bundle.
+
+    Args:
+        written: the forms by backend; the worst of a backend counts.
+        canonical: the fp32 graph with lazy weights, or None when the first form of "onnx" is it.
+        sizes: of the reference inputs, as `example_inputs` takes them, where a form takes no others.
+
+    Returns:
+        the manifest's parity by backend.
+    """
+    inputs = reference.reference_inputs(component, **(sizes or {}))
+    if canonical is None:
+        outputs = _run(written["onnx"][0](), inputs)
+    else:
+        with canonical_form(root, component, canonical) as form:
+            outputs = _run(form(), inputs)
+    reference.save(root / "reference" / f"{component.name}.npz", inputs, outputs)
+    found = {}
+    for backend, forms in written.items():
+        worst = max((_worst(_run(form(), inputs), outputs) for form in forms), key=lambda a: a.relative_l2)
+        found[backend] = {
+            "against": AGAINST,
+            **worst.as_dict(),
+            "psnr_db": None if worst.max_abs == 0 else worst.psnr_db,
+        }
+    return found
+
+
+def _run(session: Session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     try:
         return session.run(inputs)
     finally:
@@ -59,7 +94,7 @@ def _worst(values: dict[str, np.ndarray], references: dict[str, np.ndarray]) -> 
     return max((compare(values[name], references[name]) for name in references), key=lambda a: a.relative_l2)
 
 
-def fit_preview(root: Path, component: Component, artefact: OnnxArtefact) -> dict[str, Any] | None:
+def fit_preview(component: Component, decoder: Opener) -> dict[str, Any] | None:
     """Least-squares map from latents to the mean colour of what they decode to: a preview without a decoder.
 
     The latents are patches of constant noise, four by four, because a decoder answers white noise with texture.
@@ -68,7 +103,7 @@ def fit_preview(root: Path, component: Component, artefact: OnnxArtefact) -> dic
     scale = float(component.runtime.get("scaling_factor") or 1.0)
     side, patches = 16, 4
     noise = make_noise("philox", 0)
-    session = OnnxSession(root / artefact.graph, [CPU], None, None, component.name)
+    session = decoder()
     rows, colours = [], []
     try:
         for _ in range(max(4, -(-4 * channels // patches**2))):

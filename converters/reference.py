@@ -17,9 +17,11 @@ from edgedit.example_inputs import example_inputs
 __all__ = ["reference_inputs", "save"]
 
 
-def reference_inputs(component: Component) -> dict[str, np.ndarray]:
-    """Small inputs, never square: a map of 6×4 tokens, 9 text tokens of which two are masked out."""
-    return example_inputs(component.name, component.inputs, component.runtime)
+def reference_inputs(
+    component: Component, *, tokens: tuple[int, int] = (6, 4), length: int = 9
+) -> dict[str, np.ndarray]:
+    """Small inputs, never square unless fixed sizes are: a map of 6×4 tokens, 9 text tokens of which two are masked."""
+    return example_inputs(component.name, component.inputs, component.runtime, tokens=tokens, length=length)
 
 
 def save(path: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:

@@ -13,6 +13,7 @@ from edgedit.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from edgedit.converters.convert import ConversionReport
+    from edgedit.converters.coreml import CoremlOptions
     from edgedit.verification import VerificationReport
 
 __all__ = ["BUILTIN", "convert", "load", "verify"]
@@ -30,6 +31,10 @@ def load(
     low_ram: bool | None = None,
     use_cache: bool = True,
     graph_cache: bool = False,
+    memory_limit: int | None = None,
+    interpreter: bool = False,
+    emulate_fp16: bool = False,
+    compute_units: str | None = None,
     verify: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Pipeline:
@@ -37,12 +42,17 @@ def load(
 
     Args:
         source: path of a bundle, or "builtin" for the embedded model.
-        backend: "auto" or a runtime's name ("onnx").
+        backend: "auto" or a runtime's name ("onnx", "coreml", "mlx").
         threads: worker threads within an operator; None lets the backend choose.
-        providers: ONNX Runtime execution providers, short names or full ones; the CPU by default.
+        providers: ONNX Runtime execution providers, short names or full ones, by default the CPU; for MLX "gpu" or
+            "cpu", by default the GPU where there is one.
         low_ram: keep one component in memory at a time; None decides by the free memory.
         use_cache: keep embeddings of large text encoders on disk between runs.
         graph_cache: keep optimised graphs on disk; opening is faster, and the cache takes as much room as the weights.
+        memory_limit: bytes that MLX should stay within; no other backend has such a limit.
+        interpreter: evaluate Core ML programs with numpy, on any OS.
+        emulate_fp16: have the interpreter round to float16 where the programs say so.
+        compute_units: what Core ML may use: "all" (the default), "cpu", "gpu" or "ne".
         verify: check every file's hash first.
         on_stage: told what begins ("load transformer", "encode", "denoise 1/1", "decode 1/1").
 
@@ -56,6 +66,10 @@ def load(
         threads=threads,
         providers=tuple(providers) if providers else None,
         graph_cache=cache_dir() / "graphs" if graph_cache else None,
+        memory_limit=memory_limit,
+        interpreter=interpreter,
+        emulate_fp16=emulate_fp16,
+        compute_units=compute_units,
     )
     return Pipeline(
         bundle=bundle,
@@ -72,6 +86,9 @@ def convert(
     *,
     to: Sequence[str] = ("onnx",),
     dtype: str = "fp32",
+    sizes: Sequence[tuple[int, int]] | None = None,
+    coreml: CoremlOptions | None = None,
+    mlx_weights: str | None = None,
     components: Sequence[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -88,6 +105,9 @@ def convert(
         bundle,
         to=to,
         dtype=dtype,
+        sizes=sizes,
+        coreml=coreml,
+        mlx_weights=mlx_weights,
         components=components,
         revision=revision,
         offline=offline,
@@ -106,6 +126,9 @@ def verify(
     *,
     backend: str = "auto",
     threads: int | None = None,
+    interpreter: bool = False,
+    emulate_fp16: bool = False,
+    pictures: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> VerificationReport:
     """Check a bundle's files and run its components against what the conversion recorded.
@@ -113,6 +136,12 @@ def verify(
     See `edgedit.verification`.
     """
     report: VerificationReport = import_module("edgedit.verification").verify(
-        BUILTIN if str(bundle) == "builtin" else bundle, backend=backend, threads=threads, on_progress=on_progress
+        BUILTIN if str(bundle) == "builtin" else bundle,
+        backend=backend,
+        threads=threads,
+        interpreter=interpreter,
+        emulate_fp16=emulate_fp16,
+        pictures=pictures,
+        on_progress=on_progress,
     )
     return report

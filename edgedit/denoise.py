@@ -83,7 +83,7 @@ def denoise(
     """
     total = len(schedule)
     for i in range(start, total):
-        timestep = float(schedule.timesteps[i])
+        timestep = schedule.told(i)
         model_input = (latents * np.float32(schedule.input_scale(i))).astype(np.float32, copy=False)
         guided = guidance.active(i, total, guidance_scale, guidance_interval)
         output, unconditional = predict(model_input, timestep, guided)

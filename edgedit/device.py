@@ -11,9 +11,29 @@ from pathlib import Path
 
 from edgedit.errors import InputError
 
-__all__ = ["available_memory", "cache_dir", "parse_memory", "peak_memory", "resident_memory", "return_large_blocks"]
+__all__ = [
+    "available_cores",
+    "available_memory",
+    "cache_dir",
+    "parse_memory",
+    "peak_memory",
+    "resident_memory",
+    "return_large_blocks",
+]
 
 _M_MMAP_THRESHOLD = -3
+
+
+def available_cores() -> int:
+    """Processors that this process may use, at least 1; the quota of a container's control group counts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
 
 
 def available_memory() -> int | None:
@@ -67,8 +87,8 @@ def parse_memory(text: str | int) -> int:
 def return_large_blocks() -> None:
     """Make the C library give blocks of 1 MiB and more back to the system as soon as they are freed.
 
-    glibc raises that limit to 32 MiB as a program runs and keeps freed blocks below it: the peak of a decoder with maps
-    of 16 MiB was nine times as high. Does nothing with other C libraries.
+    glibc raises that limit to 32 MiB as a program runs and keeps freed blocks below it: the peak of a decoder whose
+    maps were 16 MiB each was nine times as high. Does nothing with other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["EmbeddingCache", "PromptEmbedding", "stack"]
+__all__ = ["EmbeddingCache", "PromptEmbedding", "join", "stack"]
 
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """One encoded prompt, padding removed.
+    """One encoded prompt, padding removed; or several of one length (`join`).
 
     Attributes:
-        hidden_states: float32 [1, L, D].
-        attention_mask: float32 [1, L], 1 where a token counts.
+        hidden_states: float32 [B, L, D].
+        attention_mask: float32 [B, L], 1 where a token counts.
         cut: the end of the prompt that did not fit into the token limit, "" when all of it did.
         unknown: words that the tokenizer does not know.
     """
@@ -30,25 +31,40 @@ class PromptEmbedding:
     unknown: tuple[str, ...] = ()
 
 
-def stack(embeddings: list[PromptEmbedding]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad several embeddings to the longest: ([B, L, D], [B, L]). Padded places are masked out."""
+def join(embeddings: Sequence[PromptEmbedding]) -> PromptEmbedding:
+    """Several embeddings of one length as one, in their order."""
+    if len(embeddings) == 1:
+        return embeddings[0]
+    return PromptEmbedding(
+        hidden_states=np.concatenate([e.hidden_states for e in embeddings]),
+        attention_mask=np.concatenate([e.attention_mask for e in embeddings]),
+    )
+
+
+def stack(embeddings: Sequence[PromptEmbedding]) -> tuple[np.ndarray, np.ndarray]:
+    """Pad embeddings to the longest: ([B, L, D], [B, L]), B rows in all. Padded places are masked out."""
+    rows = sum(len(e.hidden_states) for e in embeddings)
     length = max(e.hidden_states.shape[1] for e in embeddings)
-    states = np.zeros((len(embeddings), length, embeddings[0].hidden_states.shape[2]), np.float32)
-    mask = np.zeros((len(embeddings), length), np.float32)
-    for row, embedding in enumerate(embeddings):
-        n = embedding.hidden_states.shape[1]
-        states[row, :n], mask[row, :n] = embedding.hidden_states[0], embedding.attention_mask[0]
+    states = np.zeros((rows, length, embeddings[0].hidden_states.shape[2]), np.float32)
+    mask = np.zeros((rows, length), np.float32)
+    row = 0
+    for embedding in embeddings:
+        batch, n = embedding.hidden_states.shape[:2]
+        states[row : row + batch, :n] = embedding.hidden_states
+        mask[row : row + batch, :n] = embedding.attention_mask
+        row += batch
     return states, mask
 
 
 class EmbeddingCache:
-    """Hidden states by (text encoder, token ids), in a folder that never grows past `limit` bytes (oldest go first).
+    """Hidden states by (text encoder, token ids), in a folder kept to about `limit` bytes (oldest go first).
 
     A T5-XXL takes longer to load than a few-step model takes to draw; the same prompt is encoded once.
     """
 
     def __init__(self, folder: Path, limit: int = 512 << 20) -> None:
         self.folder, self.limit = folder, limit
+        self._unswept: int | None = None
 
     def _path(self, encoder: str, ids: np.ndarray) -> Path:
         digest = hashlib.sha256(encoder.encode() + b"\0" + np.ascontiguousarray(ids, np.int64).tobytes())
@@ -83,7 +99,11 @@ class EmbeddingCache:
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
-            self._shrink()
+            # Listing the folder after every entry would cost more than encoding with a small encoder.
+            self._unswept = None if self._unswept is None else self._unswept + states.nbytes
+            if self._unswept is None or self._unswept > self.limit // 64:
+                self._shrink()
+                self._unswept = 0
         except OSError:
             return
 

@@ -13,7 +13,9 @@ __all__ = [
     "Artefact",
     "Component",
     "Conditioning",
+    "Exported",
     "FileEntry",
+    "Function",
     "FusedGraph",
     "Guidance",
     "Latents",
@@ -61,9 +63,27 @@ class FusedGraph:
 
 
 @dataclass(frozen=True, slots=True)
+class Function:
+    """A form of a component for fixed sizes: what each named size of its inputs and outputs must be (`length`, the text
+    tokens, at most), and the name to ask the graph for, None where it has only this one."""
+
+    name: str | None
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A component as an `.mlxfn` file: one function for each of `sizes`, which give every named size of the inputs."""
+
+    path: str
+    sizes: tuple[Mapping[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Artefact:
     """What one backend loads: `graph` is a file or a folder (an .mlpackage), `files` everything that it needs.
 
+    `functions` are the sizes that it was made for; empty for a graph that takes any.
     `tiles` is the plan (JSON) by which a picture's tiles are computed, None where the component only runs whole.
     """
 
@@ -72,7 +92,9 @@ class Artefact:
     fused_graph: FusedGraph | None
     files: tuple[str, ...]
     parity: Parity | None
+    functions: tuple[Function, ...] = ()
     tiles: str | None = None
+    exported: Exported | None = None
 
 
 @dataclass(frozen=True, slots=True)

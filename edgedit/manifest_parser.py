@@ -11,7 +11,9 @@ from edgedit.manifest import (
     Artefact,
     Component,
     Conditioning,
+    Exported,
     FileEntry,
+    Function,
     FusedGraph,
     Guidance,
     Latents,
@@ -81,6 +83,7 @@ def check_references(manifest: Manifest, source: str) -> None:
                     place.at("files").fail(f"{path} is not listed in the files of the manifest")
             graphs = [artefact.graph, *([artefact.fused_graph.path] if artefact.fused_graph else [])]
             graphs += [artefact.tiles] if artefact.tiles else []
+            graphs += [artefact.exported.path] if artefact.exported else []
             for graph in graphs:
                 if not any(path == graph or path.startswith(graph + "/") for path in artefact.files):
                     place.fail(f"the graph {graph} is not among the artefact's files")
@@ -129,8 +132,25 @@ def _artefact(node: JsonNode) -> Artefact:
         fused_graph=node.at("fused_graph").nullable(_fused_graph),
         files=tuple(_path(part) for part in node.at("files").elements(minimum=1)),
         parity=node.at("parity").nullable(_parity),
+        functions=tuple(_function(part) for part in node.at("functions").elements(minimum=1))
+        if "functions" in node.members()
+        else (),
         tiles=node.at("tiles").nullable(_path) if "tiles" in node.members() else None,
+        exported=_exported(node.at("exported")) if "exported" in node.members() else None,
     )
+
+
+def _exported(node: JsonNode) -> Exported:
+    sizes = tuple(
+        {name: part.integer(minimum=1) for name, part in entry.items(_NAME, _NAME_WORDS, minimum=1)}
+        for entry in node.at("sizes").elements(minimum=1)
+    )
+    return Exported(_path(node.at("path")), sizes)
+
+
+def _function(node: JsonNode) -> Function:
+    sizes = node.at("sizes").items(_NAME, _NAME_WORDS)
+    return Function(node.at("name").nullable(JsonNode.text), {name: part.integer(minimum=1) for name, part in sizes})
 
 
 def _fused_graph(node: JsonNode) -> FusedGraph:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from edgedit.errors import InputError
 from edgedit.files import atomic_write_bytes
 
-__all__ = ["FORMATS", "parameters_text", "png_chunks", "read_recipe", "save_image"]
+__all__ = ["FORMATS", "encode_image", "parameters_text", "png_chunks", "read_recipe", "save_image"]
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -42,19 +43,32 @@ _PARAMETERS = {
 def save_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object] | None) -> None:
     """Writes `image` to `path` whole or not at all; the suffix (.png, .jpg, .jpeg, .webp) says in which format.
 
-    JPEG is written at quality 95 without chroma subsampling, WebP without loss.
-
     Args:
         recipe: what drew the picture, anything that JSON can hold; None leaves the metadata out.
 
     Raises:
         InputError: another suffix, a place that cannot be written, or a recipe too long for JPEG.
     """
+    atomic_write_bytes(path, encode_image(image, path, recipe))
+
+
+def encode_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object] | None) -> bytes:
+    """The bytes that `save_image` writes to `path`, which is only named here.
+
+    JPEG is written at quality 95 without chroma subsampling, WebP without loss. Raises InputError for another suffix
+    and for a recipe too long for JPEG.
+    """
     path = Path(path)
     kind = FORMATS.get(path.suffix.lower())
     buffer = BytesIO()
     if kind == "PNG":
-        image.save(buffer, "PNG", pnginfo=png_chunks(recipe))
+        from edgedit.png_rows import PngRows
+
+        # The same writer as for a picture that comes in bands, so that its bytes do not depend on how it came.
+        whole = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+        rows = PngRows(buffer, *whole.size, recipe)
+        rows.pixels(0, np.asarray(whole).reshape(whole.height, whole.width, -1))
+        rows.finish()
     elif kind == "JPEG":
         exif = _exif(recipe)
         if len(exif) > _LARGEST_EXIF:
@@ -66,7 +80,7 @@ def save_image(image: Image.Image, path: str | Path, recipe: Mapping[str, object
         image.save(buffer, "WEBP", lossless=True, exif=_exif(recipe))
     else:
         raise InputError(f"{path}: pictures are saved as {', '.join(FORMATS)}; give one of these suffixes")
-    atomic_write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def png_chunks(recipe: Mapping[str, object] | None) -> PngImagePlugin.PngInfo:

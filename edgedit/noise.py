@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from edgedit.errors import InputError
 
-__all__ = ["KINDS", "Noise", "PhiloxNoise", "make_noise", "philox_4x32"]
+__all__ = ["KINDS", "Noise", "NoiseBatch", "PhiloxNoise", "make_noise", "philox_4x32"]
 
 KINDS = ("philox", "torch")
 """The kinds of noise that `make_noise` knows."""
@@ -97,6 +98,21 @@ class PhiloxNoise(Noise):
                 rows[:, pair + 1] = radius * np.sin(angle)
         self._draws += 1
         return out.reshape(-1)[:count].reshape(shape)
+
+
+class NoiseBatch(Noise):
+    """Several streams as one: row i of a draw [B, ...] is what stream i gives for [1, ...]."""
+
+    kind = "batch"
+
+    def __init__(self, streams: Sequence[Noise]) -> None:
+        super().__init__(streams[0].seed)
+        self.streams = streams
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        if shape[0] != len(self.streams):
+            raise InputError(f"a draw of {shape[0]} rows from {len(self.streams)} streams")
+        return np.concatenate([stream.normal((1, *shape[1:])) for stream in self.streams])
 
 
 def make_noise(kind: str, seed: int | np.integer[Any]) -> Noise:

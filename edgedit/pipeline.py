@@ -20,10 +20,10 @@ from edgedit import image as images
 from edgedit.bundle import Bundle
 from edgedit.denoise import StepState, StoppedError, denoise
 from edgedit.device import available_memory, cache_dir
-from edgedit.embeddings import EmbeddingCache, PromptEmbedding, stack
+from edgedit.embeddings import EmbeddingCache, PromptEmbedding, join, stack
 from edgedit.errors import BundleError, InputError
 from edgedit.guidance import Guidance
-from edgedit.noise import Noise, make_noise
+from edgedit.noise import Noise, NoiseBatch, make_noise
 from edgedit.positions import pos_embed_table
 from edgedit.recipes import Recipe
 from edgedit.solvers import make_solver
@@ -77,6 +77,7 @@ class Pipeline:
         low_ram: keep one component in memory at a time. None decides by the free memory when components are opened.
         use_cache: keep prompt embeddings of large text encoders on disk between runs.
         on_stage: told "load COMPONENT", "encode", "denoise 1/3", "decode 1/3" as they begin.
+        embeddings: where embeddings of any text encoder are kept, instead of the machine's cache of large ones.
     """
 
     bundle: Bundle
@@ -84,6 +85,7 @@ class Pipeline:
     low_ram: bool | None = None
     use_cache: bool = True
     on_stage: Callable[[str], None] | None = None
+    embeddings: EmbeddingCache | None = None
     _sessions: dict[str, Session] = field(default_factory=dict, repr=False)
     _embeddings: dict[str, PromptEmbedding] = field(default_factory=dict, repr=False)
     _tokenizer: Tokenizer | None = field(default=None, repr=False)
@@ -98,9 +100,18 @@ class Pipeline:
 
     def close(self) -> None:
         """Free every component."""
-        for session in self._sessions.values():
+        for component in list(self._sessions):
+            self.free(component)
+
+    def open(self, component: str) -> None:
+        """Load a component now instead of when it is first needed. Raises BundleError."""
+        self._session(component)
+
+    def free(self, component: str) -> None:
+        """Free one component; it is loaded again when it is needed. Nothing happens when it is not loaded."""
+        session = self._sessions.pop(component, None)
+        if session is not None:
             session.close()
-        self._sessions.clear()
 
     def _stage(self, name: str) -> None:
         if self.on_stage is not None:
@@ -173,9 +184,9 @@ class Pipeline:
         )
 
     def _hidden_states(self, ids: np.ndarray) -> np.ndarray:
-        cache = EmbeddingCache(cache_dir() / "embeddings") if self.use_cache else None
-        if self._weights_size("text_encoder") < CACHE_ENCODERS_OVER:
-            cache = None
+        cache = self.embeddings
+        if cache is None and self.use_cache and self._weights_size("text_encoder") >= CACHE_ENCODERS_OVER:
+            cache = EmbeddingCache(cache_dir() / "embeddings")
         artefact = self.bundle.component("text_encoder").artefacts[self.runtime.name]
         identity = ",".join(self.bundle.manifest.files[path].sha256 for path in artefact.files)
         states = cache.get(identity, ids) if cache else None
@@ -287,6 +298,50 @@ class Pipeline:
         first = start * np.float32(recipe.schedule.init_noise_scale)
         return self._denoise(first, prompt, negative, recipe, make_noise(rng, _seeds(seed)[0]), on_step=on_step)
 
+    def denoise_together(
+        self,
+        recipe: Recipe,
+        prompts: Sequence[PromptEmbedding],
+        negatives: Sequence[PromptEmbedding] | None,
+        seeds: Sequence[int],
+        *,
+        latents: np.ndarray | None = None,
+        references: np.ndarray | None = None,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Denoise several pictures of one recipe, prompts and seeds aside, in one batch.
+
+        Each row of the result equals what `generate` computes for that picture alone, to the bit wherever the backend
+        computes the rows of a batch alike.
+
+        Args:
+            prompts: one embedding a picture, all of one length: padding would change a picture's rounding.
+            negatives: the same for the negative prompts; None for a run without guidance.
+            seeds: one a picture.
+            latents: unit noise to start from, float32 [B, C, H, W]; by default it is drawn from the seeds.
+            references: encoded pictures to start from, float32 [B, C, H, W].
+
+        Returns: latents, float32 [B, C, H, W].
+
+        Raises:
+            InputError: embeddings of different lengths, or not one of each for every seed.
+            StoppedError: `on_step` returned False.
+        """
+        for group in (prompts, negatives if negatives is not None else prompts):
+            if len(group) != len(seeds) or len({item.hidden_states.shape for item in group}) != 1:
+                raise InputError("pictures drawn together need one seed and one embedding each, of one length")
+        noises = [make_noise(recipe.rng, seed) for seed in seeds]
+        noise = noises[0] if len(noises) == 1 else NoiseBatch(noises)
+        first = noise.normal((len(seeds), *recipe.latents_shape[1:])) if latents is None else latents
+        start = 0
+        if references is not None:
+            start = recipe.schedule.start_at(recipe.strength or 1.0)
+            first = recipe.schedule.add_noise(references, first, start)
+        else:
+            first = first * np.float32(recipe.schedule.init_noise_scale)
+        negative = None if negatives is None else join(negatives)
+        return self._denoise(first, join(prompts), negative, recipe, noise, start=start, on_step=on_step)
+
     def _denoise(
         self,
         latents: np.ndarray,
@@ -317,7 +372,7 @@ class Pipeline:
                 return one(x, t, prompt.hidden_states, prompt.attention_mask), None
             if tokens <= GUIDANCE_BATCH_TOKENS and not self._one_at_a_time():
                 both = one(np.concatenate([x, x]), t, *stack([prompt, negative]))
-                return both[:1], both[1:]
+                return both[: len(x)], both[len(x) :]
             return (
                 one(x, t, prompt.hidden_states, prompt.attention_mask),
                 one(x, t, negative.hidden_states, negative.attention_mask),
@@ -548,19 +603,21 @@ class Pipeline:
         finished: list[np.ndarray] = []
         stopped = False
         for index, value in enumerate(seeds):
-            noise = make_noise(rng, value)
             self._session("transformer")
             self._stage(f"denoise {index + 1}/{len(seeds)}")
-            first = start_latents if start_latents is not None else noise.normal(recipe.latents_shape)
-            start = 0
-            if reference is not None:
-                start = recipe.schedule.start_at(recipe.strength or 1.0)
-                first = recipe.schedule.add_noise(reference, first, start)
-            else:
-                first = first * np.float32(recipe.schedule.init_noise_scale)
             callback = None if on_step is None else partial(_with_picture, on_step, self._preview, index, value)
             try:
-                finished.append(self._denoise(first, positive, negative, recipe, noise, start=start, on_step=callback))
+                finished.append(
+                    self.denoise_together(
+                        recipe,
+                        [positive],
+                        None if negative is None else [negative],
+                        [value],
+                        latents=start_latents,
+                        references=reference,
+                        on_step=callback,
+                    )
+                )
             except StoppedError:
                 stopped = True
                 break

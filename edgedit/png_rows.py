@@ -41,7 +41,10 @@ class PngRows:
 
     def __call__(self, top: int, rows: npt.NDArray[np.floating]) -> None:
         """Append a band. Raises InputError for one that does not follow, or with values that are not finite."""
-        pixels = rows_to_pixels(rows)[0]
+        self.pixels(top, rows_to_pixels(rows)[0])
+
+    def pixels(self, top: int, pixels: npt.NDArray[np.uint8]) -> None:
+        """Append a band of pixels [rows, width, C]. Raises InputError for one that does not follow."""
         count, width, channels = pixels.shape
         if top != self._rows or width != self.width or top + count > self.height:
             raise InputError(f"rows {top} to {top + count} of {width} pixels do not follow row {self._rows} of the PNG")

@@ -10,7 +10,10 @@ Always
                           told t = sin / (cos + sin) and given x / (cos + sin)
   `sampler`               default sampler, a name of `edgedit.sampler_names.SAMPLERS`
   `num_train_timesteps`   T, the number of training timesteps
-  `timesteps`, `sigmas`   fixed tables of a distilled model; the number of steps is then their length
+  `timesteps`, `sigmas`   what a distilled model was trained for: one list of levels, or several of different lengths,
+                          the first of which is used unless another number of steps is asked for. Each is what
+                          `edgedit.schedules.make_schedule` takes by that name
+  `timestep_scale`        the network is told its timestep times this number (SANA, TrigFlow models told 0 to 1000)
 Options of solvers (each used by the samplers named)
   `solver_order`          1, 2 or 3 (dpmpp_2m, unipc; dpmpp_2m_sde 1 or 2)
   `solver_type`           "midpoint" or "heun" (dpmpp_2m), "bh1" or "bh2" (unipc); the other pair means the default
@@ -50,7 +53,7 @@ TrigFlow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +90,9 @@ FIELDS: dict[str, Field] = {
     "prediction": Field(("string",), choices=_PREDICTIONS, required=True),
     "sampler": Field(("string",), choices=tuple(SAMPLERS), required=True),
     "num_train_timesteps": Field(("integer",), 1000, minimum=1),
-    "timesteps": Field(("numbers", "null")),
-    "sigmas": Field(("numbers", "null")),
+    "timesteps": Field(("numbers", "tables", "null")),
+    "sigmas": Field(("numbers", "tables", "null")),
+    "timestep_scale": Field(("number",), 1.0, minimum=0),
     "solver_order": Field(("integer",), 2, choices=(1, 2, 3)),
     "solver_type": Field(("string", "null"), choices=("midpoint", "heun", "bh1", "bh2", None)),
     "lower_order_final": Field(("boolean",), True),
@@ -149,6 +153,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_tables(rows: Sequence[object]) -> bool:
+    """Whether these are lists of numbers, each of another length and none empty."""
+    lengths = [len(row) for row in rows if isinstance(row, (list, tuple)) and row and _has_type(row, "numbers")]
+    return 0 < len(rows) == len(lengths) == len(set(lengths))
+
+
 def _has_type(value: object, kind: str) -> bool:
     if kind == "null":
         return value is None
@@ -162,6 +172,8 @@ def _has_type(value: object, kind: str) -> bool:
         return _is_number(value)
     if kind == "numbers":
         return isinstance(value, (list, tuple)) and all(_is_number(item) for item in value)
+    if kind == "tables":
+        return isinstance(value, (list, tuple)) and _are_tables(value)
     return isinstance(value, Mapping)
 
 
@@ -219,6 +231,9 @@ def _property(field: Field) -> dict[str, Any]:
     for kind in field.types:
         if kind == "numbers":
             kinds.append({"type": "array", "items": {"type": "number"}})
+        elif kind == "tables":
+            row = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+            kinds.append({"type": "array", "items": row, "minItems": 1})
         elif kind in ("number", "integer"):
             kinds.append({"type": kind, **limits})
         else:

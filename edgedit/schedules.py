@@ -21,7 +21,14 @@ from edgedit.schedules_diffusers import schedule_config_from_diffusers
 from edgedit.schedules_flow import flow_levels, trigflow_levels
 from edgedit.schedules_vp import Levels, vp_levels
 
-__all__ = ["SAMPLERS_OF_PATH", "Schedule", "make_schedule", "schedule_config_from_diffusers", "schedule_json_schema"]
+__all__ = [
+    "SAMPLERS_OF_PATH",
+    "Schedule",
+    "make_schedule",
+    "own_steps",
+    "schedule_config_from_diffusers",
+    "schedule_json_schema",
+]
 
 _TRIGFLOW_SAMPLERS = ("scm", "euler", "dmd")
 _FLOW_SAMPLERS = ("euler", "euler_ancestral", "heun", "lcm", "dmd", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
@@ -50,7 +57,8 @@ SAMPLERS_OF_PATH: Mapping[str, tuple[str, ...]] = {
 class Schedule:
     """N network evaluations, and the noise levels between which a solver steps.
 
-    timesteps: float32 [N], what the network is told. `timesteps_integer` says that they are whole numbers.
+    timesteps: float32 [N], the timestep of each evaluation. `timesteps_integer` says that they are whole numbers.
+    timestep_scale: the network is told its timestep times this; see `told`.
     alphas, sigmas: float64 [N + 1]; entry i is the level of the latent of evaluation i, the last one the end point.
     prediction: "epsilon", "v_prediction", "sample", "flow" or "trigflow".
     path: "vp" (alpha^2 + sigma^2 = 1), "ve" (a VP model with latents scaled so that alpha = 1, as k-diffusion and
@@ -73,6 +81,7 @@ class Schedule:
     order: int = 1
     init_noise_scale: float = 1.0
     timesteps_integer: bool = False
+    timestep_scale: float = 1.0
     landing_alphas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     landing_sigmas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     table: NDArray[np.float32] | None = None
@@ -91,6 +100,10 @@ class Schedule:
     def steps(self) -> int:
         """The number of steps as a person counts them; Heun evaluates the network twice in each but the last."""
         return (len(self) + self.order - 1) // self.order
+
+    def told(self, i: int) -> float:
+        """The number that the network is told at evaluation i, rounded to float32."""
+        return float(self.timesteps[i] * np.float32(self.timestep_scale))
 
     def input_scale(self, i: int) -> float:
         """What the latent is multiplied by before evaluation i (diffusers: scale_model_input)."""
@@ -130,6 +143,52 @@ class Schedule:
         return skipped * self.order
 
 
+def _steps_of(levels: Sequence[float], path: str, *, told: bool) -> int:
+    """Steps of a list of timesteps (`told`) or sigmas: its length, less the end point where the list has one."""
+    count = len(levels)
+    end_given = count > 0 and (
+        (path == "vp" and not told)
+        or (path == "flow" and not told and count > 1 and levels[-1] == 0)
+        or path == "trigflow"
+    )
+    return count - end_given
+
+
+def _own_tables(config: Mapping[str, Any]) -> dict[int, dict[str, Sequence[float]]]:
+    """The model's own tables by their number of steps, in the order given: {steps: {"timesteps" or "sigmas": levels}}.
+
+    Where it has both, the tables that make the same number of steps belong together.
+    """
+    tables: dict[int, dict[str, Sequence[float]]] = {}
+    for key in ("timesteps", "sigmas"):
+        value = config[key]
+        several = value and isinstance(value[0], (list, tuple))
+        for levels in () if value is None else value if several else (value,):
+            steps = _steps_of(levels, config["path"], told=key == "timesteps")
+            tables.setdefault(steps, {})[key] = levels
+    return tables
+
+
+def own_steps(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of steps that a distilled model was trained for, its default first; empty for any other model.
+
+    config: the manifest's "schedule" object. Raises `BundleError` for a faulty one.
+    """
+    return tuple(_own_tables(check_schedule_config(config)))
+
+
+def _own_levels(config: Mapping[str, Any], steps: int | None) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """The model's own timesteps and sigmas for a number of steps, None for the default; (None, None) without tables."""
+    tables = _own_tables(config)
+    if not tables:
+        return None, None
+    wanted = next(iter(tables)) if steps is None else steps
+    if wanted not in tables:
+        able = " or ".join(str(count) for count in sorted(tables))
+        raise InputError(f"this model was distilled for {able} step{'s' * (able != '1')}; ask for that, not {wanted}")
+    return tables[wanted].get("timesteps"), tables[wanted].get("sigmas")
+
+
 def _checked_count(config: Mapping[str, Any], steps: int | None, timesteps: Any, sigmas: Any) -> int:
     given = timesteps if timesteps is not None else sigmas
     if steps is not None and (isinstance(steps, bool) or int(steps) != steps or steps < 1):
@@ -142,13 +201,7 @@ def _checked_count(config: Mapping[str, Any], steps: int | None, timesteps: Any,
                 f"this model knows {config['num_train_timesteps']} timesteps; ask for that many steps or fewer"
             )
         return int(steps)
-    count = len(given)
-    end_given = count > 0 and (
-        (config["path"] == "vp" and timesteps is None)
-        or (config["path"] == "flow" and timesteps is None and count > 1 and given[-1] == 0)
-        or config["path"] == "trigflow"
-    )
-    count -= end_given
+    count = _steps_of(given, config["path"], told=timesteps is not None)
     if count < 1:
         raise InputError(f"a list of levels needs at least one step; got {list(given)}")
     if steps is not None and steps != count:
@@ -170,7 +223,7 @@ def make_schedule(
     """The schedule of one run.
 
     config: the manifest's "schedule" object (fields: `edgedit.schedule_config`).
-    steps: 1 or more; None takes the length of `sigmas`, `timesteps` or of the model's fixed table.
+    steps: 1 or more; None takes the length of `sigmas`, `timesteps` or of the model's own first table.
     sigmas: explicit noise levels, falling, before the model's shift, as diffusers' `set_timesteps(sigmas=...)` takes
         them: sigma / alpha with the end point last for VP models; in (0, 1] for flow models, a final 0 is implied.
     timesteps: explicit training timesteps (angles with the end point last for TrigFlow models).
@@ -189,7 +242,7 @@ def make_schedule(
         known = ", ".join(SAMPLERS_OF_PATH[path])
         raise InputError(f"sampler {name} cannot run this model's {path} schedule; choose one of: {known}")
     if sigmas is None and timesteps is None:
-        timesteps, sigmas = config["timesteps"], config["sigmas"]
+        timesteps, sigmas = _own_levels(config, steps)
     count = _checked_count(config, steps, timesteps, sigmas)
     if path == "vp":
         levels = vp_levels(config, name, count, timesteps, sigmas)
@@ -217,6 +270,7 @@ def _assemble(config: Mapping[str, Any], name: str, levels: Levels) -> Schedule:
         order=levels.order,
         init_noise_scale=levels.init_noise_scale,
         timesteps_integer=bool(np.issubdtype(levels.timesteps.dtype, np.integer)),
+        timestep_scale=float(config["timestep_scale"]),
         landing_alphas=landing_alphas,
         landing_sigmas=landing_sigmas,
         table=levels.table,

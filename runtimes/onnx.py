@@ -174,6 +174,8 @@ class OnnxRuntime:
                 )
         if options.threads is not None and options.threads < 1:
             raise InputError(f"threads must be at least 1, not {options.threads}")
+        if options.memory_limit is not None:
+            raise InputError("ONNX Runtime has no memory limit; leave it out, or use low_ram")
         self.bundle, self.options, self.providers = bundle, options, wanted
 
     def open(self, component: str) -> OnnxSession:

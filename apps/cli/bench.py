@@ -24,7 +24,7 @@ def bench(
     ] = None,
     length: Annotated[int, typer.Option(metavar="N", min=3, help="Text tokens.")] = 120,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Evaluations after the first.")] = 5,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="auto or onnx.")] = "auto",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, onnx or mlx.")] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", metavar="N", help="Threads.", show_default="all cores")
     ] = None,

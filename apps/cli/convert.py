@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgedit.apps.cli.progress import make_progress
+from edgedit.apps.cli.request import parse_size
 from edgedit.apps.cli.tables import count, decibels, megabytes, print_json, print_line, print_table, small
 from edgedit.errors import InputError
 
 if TYPE_CHECKING:
-    from edgedit.converters.convert import ComponentReport, ConversionReport
+    from edgedit.converters.convert import ArtefactReport, ComponentReport, ConversionReport
+    from edgedit.converters.coreml import CoremlOptions
 
 __all__ = ["convert"]
 
@@ -25,9 +27,42 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write, NAME.edgedit.")],
     to: Annotated[
         list[str] | None,
-        typer.Option(metavar="BACKEND", help="Backend to convert for; repeat for more.", show_default="onnx"),
+        typer.Option(metavar="A,B", help="Backends to convert for: onnx, coreml, mlx.", show_default="onnx"),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Weights: fp32, or fp16 at half the size.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Weights: fp32, fp16, w8, w4, or w8a8 (int8 arithmetic too).")
+    ] = "fp32",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WxH",
+            help="Picture size for Core ML packages and for MLX functions without Python; repeat for more.",
+            show_default="Core ML: the model's own, MLX: none",
+        ),
+    ] = None,
+    coreml_target: Annotated[
+        str | None, typer.Option(metavar="OS", help="iOS18 (and macOS 15) or iOS26.", show_default="iOS18")
+    ] = None,
+    coreml_attention: Annotated[
+        str | None,
+        typer.Option(metavar="FORM", help="fused, or written (product, softmax, product).", show_default="fused"),
+    ] = None,
+    coreml_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Weights of transformer and text encoder for Core ML: int8, int4, palette1 to palette8.",
+            show_default="as --dtype",
+        ),
+    ] = None,
+    mlx_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Quantize matrices for MLX: q2 to q8, -g32, -g64 or -g128 after it; mxfp4, mxfp8, nvfp4.",
+            show_default="as --dtype",
+        ),
+    ] = None,
     components: Annotated[
         str | None,
         typer.Option(
@@ -80,9 +115,12 @@ def convert(
         report = edgedit.convert(
             source,
             output,
-            to=tuple(to or ("onnx",)),
+            to=_names("--to", ",".join(to)) if to else ("onnx",),
             dtype=dtype,
-            components=None if components is None else _names(components),
+            sizes=[_size(text) for text in size] if size else None,
+            coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
+            mlx_weights=mlx_weights,
+            components=None if components is None else _names("--components", components),
             revision=revision,
             offline=offline,
             variant=variant,
@@ -101,19 +139,33 @@ def convert(
         _print(report, verbose)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _names(flag: str, text: str) -> tuple[str, ...]:
     names = tuple(word.strip() for word in text.split(",") if word.strip())
     if not names:
-        raise InputError("--components is empty; name some, as transformer,decoder, or leave it out")
+        raise InputError(f"{flag} is empty; name some, joined by commas, or leave it out")
     return names
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = parse_size(text, None, None)
+    return width or 0, height or 0
+
+
+def _coreml(**options: str | None) -> CoremlOptions | None:
+    given = {key: value for key, value in options.items() if value is not None}
+    if not given:
+        return None
+    from edgedit.converters.coreml import CoremlOptions
+
+    return CoremlOptions(**given)
 
 
 def _print(report: ConversionReport, verbose: bool) -> None:
     kind = f" ({report.pipeline_class})" if report.pipeline_class else ""
     print_line(f"{report.family}{kind}")
     print_table(
-        ["component", "class", "params", "size", "type", "parity", "rel. L2", "dropped keys"],
-        [_row(component) for component in report.components],
+        ["component", "class", "params", "backend", "size", "type", "parity", "rel. L2", "dropped keys"],
+        [_row(component, artefact) for component in report.components for artefact in component.artefacts],
     )
     if verbose:
         for component in report.components:
@@ -136,14 +188,15 @@ def _print_dropped(component: ComponentReport) -> None:
             print_line(f"    {key}")
 
 
-def _row(component: ComponentReport) -> list[str]:
-    parity = component.parity
+def _row(component: ComponentReport, artefact: ArtefactReport) -> list[str]:
+    parity = artefact.parity
     return [
         component.name,
         component.class_name,
         count(component.parameters),
-        megabytes(component.size) if component.size else "-",
-        component.precision,
+        artefact.backend,
+        megabytes(artefact.size) if artefact.size else "-",
+        artefact.precision,
         "not measured" if parity is None else decibels(parity["psnr_db"]),
         "-" if parity is None else small(parity["relative_l2"]),
         str(len(component.dropped)),

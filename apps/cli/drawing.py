@@ -53,6 +53,9 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
             low_ram=request.low_ram or None,
             use_cache=request.use_cache,
             graph_cache=request.graph_cache,
+            interpreter=request.interpreter,
+            emulate_fp16=request.emulate_fp16,
+            compute_units=request.compute_units,
         ) as pipe:
             run = Run(request, pipe, progress, interrupt, start)
             pipe.on_stage = run.stage
@@ -142,10 +145,14 @@ class Run:
 
     def describe(self) -> str:
         """The settings in one line."""
+        from edgedit.runtimes.base import choose_backend
+
         recipe, runtime = self.recipe, self.pipe.runtime.describe()
+        why = f" (auto: {choose_backend(self.pipe.bundle).reason})" if self.request.backend == "auto" else ""
         return (
             f"{self.pipe.bundle.manifest.name}: {recipe.width}x{recipe.height}, {recipe.steps} steps, "
-            f"{recipe.sampler}, guidance {recipe.guidance_scale:g}, {recipe.rng} noise; {', '.join(runtime.values())}"
+            f"{recipe.sampler}, guidance {recipe.guidance_scale:g}, {recipe.rng} noise; "
+            f"{', '.join(runtime.values())}{why}"
         )
 
     def warn(self) -> None:

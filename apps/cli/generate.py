@@ -49,6 +49,9 @@ def generate(
     vae_tile_overlap: flag.VaeTileOverlap = None,
     max_memory: flag.MaxMemory = None,
     graph_cache: flag.GraphCache = False,
+    interpreter: flag.Interpreter = False,
+    emulate_fp16: flag.EmulateFp16 = False,
+    compute_units: flag.ComputeUnits = None,
     no_cache: flag.NoCache = False,
     offline: flag.Offline = False,
 ) -> None:
@@ -91,6 +94,9 @@ def generate(
         vae_tile_overlap=vae_tile_overlap,
         max_memory=max_memory,
         graph_cache=graph_cache,
+        interpreter=interpreter,
+        emulate_fp16=emulate_fp16,
+        compute_units=compute_units,
         use_cache=not no_cache,
         offline=offline,
     )

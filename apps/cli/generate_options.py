@@ -164,15 +164,15 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Settings, times and memory too.", rich_help_panel=OUTPUT)
 ]
 Backend = Annotated[
-    str, typer.Option(metavar="NAME", help="auto or onnx.", show_default="auto", rich_help_panel=MACHINE)
+    str, typer.Option(metavar="NAME", help="auto, onnx, coreml or mlx.", show_default="auto", rich_help_panel=MACHINE)
 ]
 Providers = Annotated[
     list[str] | None,
     typer.Option(
         "--provider",
         metavar="NAME",
-        help="ONNX Runtime execution provider (cpu, cuda, dml …); repeat in order of preference.",
-        show_default="cpu",
+        help="ONNX Runtime execution provider (cpu, cuda, dml …), repeat by preference; for MLX gpu or cpu.",
+        show_default="cpu, or MLX's GPU",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -223,6 +223,27 @@ MaxMemory = Annotated[
 GraphCache = Annotated[
     bool,
     typer.Option("--graph-cache", help="Keep optimised graphs on disk, to open faster.", rich_help_panel=MACHINE),
+]
+Interpreter = Annotated[
+    bool,
+    typer.Option(
+        "--interpreter", help="Evaluate Core ML programs with numpy, on any OS (slow).", rich_help_panel=MACHINE
+    ),
+]
+EmulateFp16 = Annotated[
+    bool,
+    typer.Option(
+        "--emulate-fp16", help="With --interpreter: round to float16 as the programs say.", rich_help_panel=MACHINE
+    ),
+]
+ComputeUnits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What Core ML may use: all, cpu, gpu or ne (Neural Engine).",
+        show_default="all",
+        rich_help_panel=MACHINE,
+    ),
 ]
 NoCache = Annotated[
     bool,

@@ -19,6 +19,12 @@ def bundle_document(path: Path) -> dict[str, Any]:
     from edgedit.bundle import open_bundle
 
     bundle = open_bundle(path)
+    packages = {}
+    for name, component in bundle.manifest.components.items():
+        if "coreml" in component.artefacts:
+            from edgedit.runtimes.mil_report import report
+
+            packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
     size = sum(entry.size for entry in bundle.manifest.files.values())
     return {
         "kind": "bundle",
@@ -26,6 +32,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "model_hash": bundle.model_hash,
         "size": size,
         "manifest": bundle.manifest.raw,
+        "coreml": packages,
     }
 
 
@@ -66,6 +73,31 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     for name, part in manifest["components"].items():
         print_line(f"{name}: {_tensors(part['inputs'])} -> {_tensors(part['outputs'])}")
     print_facts({key: value for key, value in _settings(manifest).items() if value})
+    if document["coreml"]:
+        _print_packages(document["coreml"], manifest["components"])
+
+
+def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+    """What Core ML's packages hold, and why parts of them are float32."""
+    print_table(
+        ["Core ML package", "sizes", "operators", "fp16", "fp32", "for the Neural Engine", "axes", "weights"],
+        [
+            [
+                name,
+                ", ".join(package["functions"]),
+                str(sum(package["operators"].values())),
+                str(package["types"].get("fp16", 0)),
+                str(package["types"].get("fp32", 0)),
+                str(package["units"]["Neural Engine, GPU or CPU"]),
+                str(package["largest_rank"]),
+                ", ".join(f"{kind} {megabytes(size)}" for kind, size in package["weights"].items()),
+            ]
+            for name, package in packages.items()
+        ],
+    )
+    for name in packages:
+        for reason, nodes in components[name]["artefacts"]["coreml"].get("islands", {}).items():
+            print_line(f"{name}: {nodes} nodes in float32: {reason}")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
@@ -75,6 +107,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
         and f"{best['width']}x{best['height']}, {best['steps']} steps, {best['sampler']}, "
         f"guidance {best['guidance_scale']:g}",
         "sizes": best and ", ".join(f"{width}x{height}" for width, height in best["sizes"]),
+        "attention": _operators(manifest["components"].get("transformer", {}).get("config", {}).get("self_attention")),
         "schedule": manifest["schedule"] and _plain(manifest["schedule"]),
         "guidance": manifest["guidance"] and _plain(manifest["guidance"]),
         "latents": latents
@@ -89,6 +122,27 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:
         f"{'lower case' if prompt['lower'] else 'case kept'}, padding {prompt['padding']}, "
         f"template {_short(prompt['positive']['template'])!r}",
     }
+
+
+def _operators(entries: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """Self-attention operators with the blocks that have them: "lit (heads 2, kernel_size 5) in 0-3, 5"."""
+    shown = []
+    for entry in entries or ():
+        options = {key: value for key, value in entry.items() if key not in ("operator", "layers")}
+        details = f" ({_plain(options)})" if options else ""
+        shown.append(f"{entry['operator']}{details} in {_ranges(entry['layers'])}")
+    return "; ".join(shown)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers 0, 1, 2, 3 and 5 as "0-3, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _parity(parity: Mapping[str, Any] | None) -> Sequence[str]:

@@ -15,11 +15,16 @@ from typing import Annotated
 import typer
 
 from edgedit import __version__
+from edgedit.apps.cli.batch import app as batch
 from edgedit.apps.cli.bench import bench
 from edgedit.apps.cli.convert import convert
 from edgedit.apps.cli.decode import decode
+from edgedit.apps.cli.distill import distill
+from edgedit.apps.cli.eval import eval_model
+from edgedit.apps.cli.export_app import export_app
 from edgedit.apps.cli.generate import generate
 from edgedit.apps.cli.inspect import inspect
+from edgedit.apps.cli.linearize import linearize
 from edgedit.apps.cli.models import models
 from edgedit.apps.cli.verify import verify
 from edgedit.errors import EdgeditError
@@ -36,8 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, decode, convert, inspect, verify, bench, models):
+for command in (generate, decode, convert, inspect, verify, bench, models, linearize, distill, export_app):
     app.command(no_args_is_help=False)(command)
+app.command("eval", no_args_is_help=False)(eval_model)
+app.add_typer(batch, name="batch")
 
 
 def _print_version(value: bool) -> None:
@@ -138,4 +145,5 @@ def _command(arguments: Sequence[str]) -> str:
     names = {
         command.name or (command.callback.__name__ if command.callback else "") for command in app.registered_commands
     }
+    names |= {group.name or "" for group in app.registered_groups}
     return next((f"{word} " for word in arguments[:1] if word in names), "")

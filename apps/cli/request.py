@@ -58,6 +58,9 @@ class Request:
     vae_tile_overlap: int | None = None
     max_memory: str | None = None
     graph_cache: bool = False
+    interpreter: bool = False
+    emulate_fp16: bool = False
+    compute_units: str | None = None
     use_cache: bool = True
     offline: bool = False
     model_hash: str | None = None

@@ -20,10 +20,19 @@ FAILED = 1
 
 def verify(
     bundle: Annotated[str, typer.Argument(help="builtin, a bundle's path, or the name of one at hand.")],
-    backend: Annotated[str, typer.Option(metavar="NAME", help="auto or onnx.")] = "auto",
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, onnx, coreml, mlx or all.")] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", metavar="N", help="Threads.", show_default="all cores")
     ] = None,
+    interpreter: Annotated[
+        bool, typer.Option("--interpreter", help="Evaluate Core ML programs with numpy, on any OS.")
+    ] = False,
+    emulate_fp16: Annotated[
+        bool, typer.Option("--emulate-fp16", help="With --interpreter: round to float16 as the programs say.")
+    ] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Draw a picture on every backend too, and compare them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing; the exit status tells.")] = False,
 ) -> None:
@@ -44,7 +53,13 @@ def verify(
             progress.step(done, total)
 
         report = edgedit.verify(
-            find_bundle(bundle, hub=False), backend=backend, threads=threads, on_progress=on_progress
+            find_bundle(bundle, hub=False),
+            backend=backend,
+            threads=threads,
+            interpreter=interpreter,
+            emulate_fp16=emulate_fp16,
+            pictures=pictures,
+            on_progress=on_progress,
         )
     if as_json:
         print_json(report.as_dict())
@@ -53,6 +68,11 @@ def verify(
             ["component", "backend", "type", "rel. L2", "tolerance", "parity", "result"],
             [_row(check) for check in report.components],
         )
+        for drawn in report.pictures:
+            print_line(
+                f"picture on {drawn.backend} against {drawn.against}: {decibels(drawn.psnr_db)}, "
+                f"at most {drawn.levels}/255 off, {'passed' if drawn.passed else 'FAILED'}"
+            )
         for note in report.notes:
             print_line(f"note: {note}")
         verdict = "passed" if report.passed else "FAILED"

@@ -1,4 +1,7 @@
-"""Attention other than plain softmax: ReLU linear attention, and softmax attention over compressed keys and values."""
+"""Self-attention over all tokens: softmax, ReLU linear attention, and softmax over compressed keys and values.
+
+Every class takes tokens x [B, H·W, width] and the grid that they lie on, and returns tokens of the same shape.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from edgedit.converters.architectures.layers import (
+    Attention,
     Conv2d,
     LayerNorm,
     Linear,
@@ -18,6 +22,7 @@ from edgedit.converters.architectures.layers import (
     map_to_tokens,
     tokens_to_map,
 )
+from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.errors import ConversionError
 
 __all__ = [
@@ -26,6 +31,8 @@ __all__ = [
     "KeyValueSum",
     "LinearAttention",
     "QKNorms",
+    "SelfAttention",
+    "SoftmaxAttention",
     "StateReadout",
     "qk_norms",
 ]
@@ -97,7 +104,7 @@ class StateReadout(Module):
         return op.Reshape(y, int64s(op, 0, 0, self.width))
 
 
-class _SelfAttention(Module):
+class SelfAttention(Module):
     """The projections and norms of diffusers' Attention; its heirs say how query, key and value meet."""
 
     def __init__(self, width: int, heads: int, head_dim: int, *, bias: bool, qk_norm: str | None) -> None:
@@ -119,25 +126,49 @@ class _SelfAttention(Module):
         return self.norm_k(op, k) if self.normalised else k
 
 
-class LinearAttention(_SelfAttention):
-    """Linear self-attention with the kernel ReLU(q)·ReLU(k): x [B, N, width] → [B, N, width].
+class SoftmaxAttention(Attention):
+    """diffusers' Attention of a map of tokens to itself: every token to every other."""
+
+    def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:  # type: ignore[override]
+        return super().forward(op, x, x)
+
+
+class LinearAttention(SelfAttention):
+    """Linear self-attention with the kernel ReLU(q)·ReLU(k).
 
     SANA, section 2.2, after Katharopoulos et al., "Transformers are RNNs" (2020), section 3.2; diffusers' Attention
     with SanaLinearAttnProcessor2_0. Keys and values are summed before the query is computed, so that the fewest
     token-sized tensors live at once, and no N × N tensor ever does. The normaliser is a product of its own where
     diffusers appends a row of ones to the value: the same sum without the copy.
+
+    With `kernel_size` the value, as a map, goes through a depthwise convolution `dwc` of that size too, which is added
+    to the result before the last projection: LiT (Wang et al. 2025, arXiv 2501.12976), which also finds few heads to do
+    as well as many.
     """
 
     def __init__(
-        self, width: int, heads: int, head_dim: int, *, bias: bool = False, qk_norm: str | None = None
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        qk_norm: str | None = None,
+        kernel_size: int | None = None,
     ) -> None:
         super().__init__(width, heads, head_dim, bias=bias, qk_norm=qk_norm)
         self.key_value_sum, self.readout = KeyValueSum(heads), StateReadout(heads, self.inner)
+        self.convolves = kernel_size is not None
+        if kernel_size is not None:
+            self.dwc = Conv2d(self.inner, self.inner, kernel_size, padding=kernel_size // 2, groups=self.inner)
 
-    def forward(self, op: Op, x: Value) -> Value:
-        state, normaliser = self.key_value_sum(op, self._key(op, x), self.to_v(op, x))
-        y = self.readout(op, self._query(op, x), state, normaliser)
-        return self.to_out[0](op, y)
+    def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:
+        k, v = self._key(op, x), self.to_v(op, x)
+        state, normaliser = self.key_value_sum(op, k, v)
+        if not self.convolves:
+            return self.to_out[0](op, self.readout(op, self._query(op, x), state, normaliser))
+        local = map_to_tokens(op, self.dwc(op, tokens_to_map(op, v, self.inner, grid.size)), self.inner)
+        return self.to_out[0](op, op.Add(self.readout(op, self._query(op, x), state, normaliser), local))
 
 
 @dataclass(frozen=True)
@@ -179,7 +210,7 @@ class KVCompression:
         return cls(sampling, factor, frozenset(layers))
 
 
-class KVCompressedAttention(_SelfAttention):
+class KVCompressedAttention(SelfAttention):
     """Softmax self-attention whose keys and values are shortened as maps: N queries, N / R² keys.
 
     PixArt-Sigma, section 3.2; class AttentionKVCompress of its repository. Key and value go through the same
@@ -192,31 +223,29 @@ class KVCompressedAttention(_SelfAttention):
         width: int,
         heads: int,
         head_dim: int,
-        compression: KVCompression,
+        factor: int,
         *,
+        sampling: str = "conv",
         bias: bool = True,
         qk_norm: str | None = None,
     ) -> None:
         super().__init__(width, heads, head_dim, bias=bias, qk_norm=qk_norm)
-        self.factor = compression.factor
-        self.learned = compression.sampling == "conv"
+        self.factor, self.learned = factor, sampling == "conv"
         if self.learned:
             self.sr = Conv2d(self.inner, self.inner, self.factor, stride=self.factor, groups=self.inner)
             self.norm = LayerNorm(self.inner)
 
-    def forward(self, op: Op, x: Value, grid: Value) -> Value:
-        """x [B, H·W, width], `grid` [H, W] int64 → [B, H·W, width]."""
+    def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:
         k = self._compress(op, self._key(op, x), grid)
         v = self._compress(op, self.to_v(op, x), grid)
         y = op.Attention(self._query(op, x), k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
         return self.to_out[0](op, y)
 
-    def _compress(self, op: Op, x: Value, grid: Value) -> Value:
+    def _compress(self, op: Op, x: Value, grid: TokenGrid) -> Value:
         if self.learned:
-            x = self.sr(op, tokens_to_map(op, x, self.inner, grid))
+            x = self.sr(op, tokens_to_map(op, x, self.inner, grid.size))
             return self.norm(op, map_to_tokens(op, x, self.inner))
         steps = int64s(op, self.factor, self.factor)
-        ends = op.Mul(op.Div(grid, steps), steps)
-        x = op.Reshape(x, op.Concat(int64s(op, 0), grid, int64s(op, self.inner), axis=0))
-        x = op.Slice(x, int64s(op, 0, 0), ends, int64s(op, 1, 2), steps)
+        ends = op.Mul(op.Div(grid.size, steps), steps)
+        x = op.Slice(grid.unfold(op, x, self.inner), int64s(op, 0, 0), ends, int64s(op, 1, 2), steps)
         return op.Reshape(x, int64s(op, 0, -1, self.inner))

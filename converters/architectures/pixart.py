@@ -6,10 +6,10 @@ Old diffusers checkpoints call the same network Transformer2DModel with `norm_ty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression, qk_norms
+from edgedit.converters.architectures.attention import KVCompression
 from edgedit.converters.architectures.blocks import (
     FEED_FORWARD_ACTIVATIONS,
     AdaLayerNormSingle,
@@ -36,6 +36,8 @@ from edgedit.converters.architectures.layers import (
     padding_bias,
     spatial_shape,
 )
+from edgedit.converters.architectures.operators import Operator, describe_operators, operators_of, self_attention
+from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.errors import ConversionError
 
@@ -66,6 +68,8 @@ _DEFAULTS: dict[str, Any] = {
     # Entries of the original repository that diffusers' class lacks.
     "kv_compress_config": None,
     "qk_norm": None,
+    # The "attention" of a checkpoint's own record.
+    "self_attention": None,
     # Entries of Transformer2DModel, the class under which the first checkpoints were saved.
     "num_vector_embeds": None,
     "use_linear_projection": False,
@@ -95,26 +99,20 @@ _FINAL_NORM_EPS = 1e-6
 class PixArtBlock(Module):
     """Self-attention and feed-forward under adaLN-single, text cross-attention between them without norm or gate."""
 
-    def __init__(self, c: Mapping[str, Any], compression: KVCompression | None) -> None:
+    def __init__(self, c: Mapping[str, Any], operator: Operator) -> None:
         super().__init__()
         heads, head_dim, bias = c["num_attention_heads"], c["attention_head_dim"], c["attention_bias"]
         width, eps, affine = heads * head_dim, c["norm_eps"], c["norm_elementwise_affine"]
         self.scale_shift_table = Parameter([6, width])
         self.norm1, self.norm2 = LayerNorm(width, eps, affine=affine), LayerNorm(width, eps, affine=affine)
-        self.attn1: Module
-        if compression is None:
-            self.attn1 = Attention(width, heads, head_dim, bias=bias, **qk_norms(c["qk_norm"], width))
-        else:
-            self.attn1 = KVCompressedAttention(width, heads, head_dim, compression, bias=bias, qk_norm=c["qk_norm"])
+        self.attn1 = self_attention(operator, width, heads, head_dim, bias=bias, qk_norm=c["qk_norm"])
         self.attn2 = Attention(width, heads, head_dim, context_width=c["cross_attention_dim"], bias=bias)
         self.ff = FeedForward(width, c["activation_fn"])
-        self.compressed = compression is not None
 
-    def forward(self, op: Op, x: Value, text: Value, text_bias: Value, modulation: Value, grid: Value) -> Value:
+    def forward(self, op: Op, x: Value, text: Value, text_bias: Value, modulation: Value, grid: TokenGrid) -> Value:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table_rows(op, self.scale_shift_table, modulation, 6)
         h = modulate(op, self.norm1(op, x), shift_1, scale_1)
-        attended = self.attn1(op, h, grid if self.compressed else h)
-        x = op.Add(x, op.Mul(gate_1, attended))
+        x = op.Add(x, op.Mul(gate_1, self.attn1(op, h, grid)))
         x = op.Add(x, self.attn2(op, x, text, text_bias))
         h = modulate(op, self.norm2(op, x), shift_2, scale_2)
         return op.Add(x, op.Mul(gate_2, self.ff(op, h)))
@@ -123,7 +121,7 @@ class PixArtBlock(Module):
 class PixArtTransformer(Module):
     """The whole network; `forward` takes the inputs of `build_transformer`'s Component in their order."""
 
-    def __init__(self, c: Mapping[str, Any], compression: KVCompression | None) -> None:
+    def __init__(self, c: Mapping[str, Any], operators: Sequence[Operator]) -> None:
         super().__init__()
         width, self.patch_size = c["num_attention_heads"] * c["attention_head_dim"], c["patch_size"]
         self.out_channels = c["out_channels"]
@@ -132,12 +130,7 @@ class PixArtTransformer(Module):
         self.projects_caption = c["caption_channels"] is not None
         if self.projects_caption:
             self.caption_projection = TextProjection(c["caption_channels"], width)
-        self.transformer_blocks = ModuleList(
-            [
-                PixArtBlock(c, compression if compression is not None and i in compression.layers else None)
-                for i in range(c["num_layers"])
-            ]
-        )
+        self.transformer_blocks = ModuleList([PixArtBlock(c, operator) for operator in operators])
         self.norm_out = LayerNorm(width, _FINAL_NORM_EPS, affine=False)
         self.scale_shift_table = Parameter([2, width])
         self.proj_out = Linear(width, self.patch_size**2 * self.out_channels)
@@ -161,8 +154,9 @@ class PixArtTransformer(Module):
         if self.projects_caption:
             text = self.caption_projection(op, text)
         text_bias = padding_bias(op, encoder_attention_mask, x)
+        tokens = TokenGrid(grid)
         for block in self.transformer_blocks:
-            x = block(op, x, text, text_bias, modulation, grid)
+            x = block(op, x, text, text_bias, modulation, tokens)
         shift, scale = table_rows(op, self.scale_shift_table, op.Unsqueeze(embedded, int64s(op, 1)), 2)
         x = self.proj_out(op, modulate(op, self.norm_out(op, x), shift, scale))
         return unpatchify(op, x, grid, size, patch_size=self.patch_size, channels=self.out_channels)
@@ -197,11 +191,18 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
     Two options of PixArt-Sigma's repository, which diffusers' class lacks: `kv_compress_config` {"sampling",
     "scale_factor", "kv_compress_layer"} compresses keys and values (parameters `attn1.sr` and `attn1.norm`), and
     `qk_norm` "layer_norm_across_heads" norms query and key of the self-attention (`attn1.norm_q`, `attn1.norm_k`).
+    `self_attention` is the "attention" list of the checkpoint's own record; what it says of a block goes first.
     A learned variance (`learned_sigma`) is the second half of the output's channels; the runtime drops it.
     Height and width must be multiples of patch_size. Raises ConversionError for what the graph cannot represent.
     """
     c = _resolve(config)
-    width = c["num_attention_heads"] * c["attention_head_dim"]
+    width, layers = c["num_attention_heads"] * c["attention_head_dim"], c["num_layers"]
+    compression = KVCompression.from_config(c["kv_compress_config"], layers)
+    compressed = {}
+    if compression is not None:
+        options = {"factor": compression.factor, "sampling": compression.sampling}
+        compressed = dict.fromkeys(compression.layers, Operator("kv", options))
+    operators = operators_of(c["self_attention"], layers, width, compressed)
     positions = sincos_positions(width, c["sample_size"], c["patch_size"], c["interpolation_scale"])
     text_channels = c["cross_attention_dim"] if c["caption_channels"] is None else c["caption_channels"]
     conditions: tuple[TensorSpec, ...] = ()
@@ -213,7 +214,7 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
     return Component(
         name="transformer",
         architecture="PixArtTransformer2DModel",
-        module=PixArtTransformer(c, KVCompression.from_config(c["kv_compress_config"], c["num_layers"])),
+        module=PixArtTransformer(c, operators),
         inputs=transformer_inputs(c["in_channels"], text_channels, positions, *conditions),
         outputs=(TensorSpec("prediction", "float32", ("batch", c["out_channels"], "height", "width")),),
         drop=_DROP,
@@ -229,5 +230,6 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
             "guidance_embeds_scale": None,
             "timestep_scale": 1.0,
             "caption_channels": text_channels,
+            "self_attention": describe_operators(operators),
         },
     )

@@ -6,10 +6,10 @@ et al., "SANA-Sprint" (2025) for the guidance embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgedit.converters.architectures.attention import LinearAttention, qk_norms
+from edgedit.converters.architectures.attention import qk_norms
 from edgedit.converters.architectures.blocks import (
     SINUSOID_WIDTH,
     AdaLayerNormSingle,
@@ -42,6 +42,8 @@ from edgedit.converters.architectures.layers import (
     timestep_sinusoid,
     tokens_to_map,
 )
+from edgedit.converters.architectures.operators import Operator, describe_operators, operators_of, self_attention
+from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.errors import ConversionError
 
@@ -69,6 +71,8 @@ _DEFAULTS: dict[str, Any] = {
     "guidance_embeds_scale": 0.1,
     "qk_norm": None,
     "timestep_scale": 1.0,
+    # The "attention" of a checkpoint's own record.
+    "self_attention": None,
 }
 _OPTIONAL = {"out_channels": 32, "interpolation_scale": 1.0, "qk_norm": "rms_norm_across_heads"}
 _DROP = ((r"patch_embed\.pos_embed", "the table of positions depends on the size, so the graph takes it as an input"),)
@@ -118,33 +122,34 @@ class MixFeedForward(Module):
 class SanaBlock(Module):
     """Linear self-attention and Mix-FFN under adaLN-single, text cross-attention between them without norm or gate."""
 
-    def __init__(self, c: Mapping[str, Any]) -> None:
+    def __init__(self, c: Mapping[str, Any], operator: Operator) -> None:
         super().__init__()
         heads, head_dim, eps = c["num_attention_heads"], c["attention_head_dim"], c["norm_eps"]
         text_heads, text_head_dim = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
         self.width = heads * head_dim
         self.scale_shift_table = Parameter([6, self.width])
         self.norm1 = LayerNorm(self.width, eps, affine=False)
-        self.attn1 = LinearAttention(self.width, heads, head_dim, bias=c["attention_bias"], qk_norm=c["qk_norm"])
+        bias, qk_norm = c["attention_bias"], c["qk_norm"]
+        self.attn1 = self_attention(operator, self.width, heads, head_dim, bias=bias, qk_norm=qk_norm)
         norms = qk_norms(c["qk_norm"], text_heads * text_head_dim)
         self.attn2 = Attention(self.width, text_heads, text_head_dim, **norms)
         self.norm2 = LayerNorm(self.width, eps, affine=c["norm_elementwise_affine"])
         self.ff = MixFeedForward(self.width, c["mlp_ratio"])
 
-    def forward(self, op: Op, x: Value, text: Value, text_bias: Value, modulation: Value, grid: Value) -> Value:
+    def forward(self, op: Op, x: Value, text: Value, text_bias: Value, modulation: Value, grid: TokenGrid) -> Value:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table_rows(op, self.scale_shift_table, modulation, 6)
         h = modulate(op, self.norm1(op, x), shift_1, scale_1)
-        x = op.Add(x, op.Mul(gate_1, self.attn1(op, h)))
+        x = op.Add(x, op.Mul(gate_1, self.attn1(op, h, grid)))
         x = op.Add(x, self.attn2(op, x, text, text_bias))
         h = modulate(op, self.norm2(op, x), shift_2, scale_2)
-        h = map_to_tokens(op, self.ff(op, tokens_to_map(op, h, self.width, grid)), self.width)
+        h = map_to_tokens(op, self.ff(op, tokens_to_map(op, h, self.width, grid.size)), self.width)
         return op.Add(x, op.Mul(gate_2, h))
 
 
 class SanaTransformer(Module):
     """The whole network; `forward` takes the inputs of `build_transformer`'s Component in their order."""
 
-    def __init__(self, c: Mapping[str, Any]) -> None:
+    def __init__(self, c: Mapping[str, Any], operators: Sequence[Operator]) -> None:
         super().__init__()
         width, self.patch_size = c["num_attention_heads"] * c["attention_head_dim"], c["patch_size"]
         self.out_channels, self.guided = c["out_channels"], c["guidance_embeds"]
@@ -153,7 +158,7 @@ class SanaTransformer(Module):
         self.time_embed: Module = GuidedTimeEmbedding(width) if self.guided else AdaLayerNormSingle(width)
         self.caption_projection = TextProjection(c["caption_channels"], width)
         self.caption_norm = RMSNorm(width, _CAPTION_NORM_EPS)
-        self.transformer_blocks = ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
+        self.transformer_blocks = ModuleList([SanaBlock(c, operator) for operator in operators])
         self.norm_out = LayerNorm(width, _FINAL_NORM_EPS, affine=False)
         self.scale_shift_table = Parameter([2, width])
         self.proj_out = Linear(width, self.patch_size**2 * self.out_channels)
@@ -176,8 +181,9 @@ class SanaTransformer(Module):
         modulation, embedded = self.time_embed(op, *conditions)
         text = self.caption_norm(op, self.caption_projection(op, encoder_hidden_states))
         text_bias = padding_bias(op, encoder_attention_mask, x)
+        tokens = TokenGrid(grid)
         for block in self.transformer_blocks:
-            x = block(op, x, text, text_bias, modulation, grid)
+            x = block(op, x, text, text_bias, modulation, tokens)
         shift, scale = table_rows(op, self.scale_shift_table, op.Unsqueeze(embedded, int64s(op, 1)), 2)
         x = self.proj_out(op, modulate(op, self.norm_out(op, x), shift, scale))
         return unpatchify(op, x, grid, size, patch_size=self.patch_size, channels=self.out_channels)
@@ -202,11 +208,14 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
 
     With `interpolation_scale` the graph takes `pos_embed`, with `guidance_embeds` (SANA-Sprint) it takes `guidance`:
     the guidance scale times `guidance_embeds_scale`. `timestep` is what diffusers hands to the network: already times
-    `timestep_scale`, and for Sprint sin s / (cos s + sin s) of the TrigFlow time s. Height and width must be multiples
-    of patch_size. Raises ConversionError for what the graph cannot represent.
+    `timestep_scale`, and for Sprint sin s / (cos s + sin s) of the TrigFlow time s. `self_attention` is the "attention"
+    list of the checkpoint's own record; a block that it does not name has SANA's. Height and width must be multiples of
+    patch_size. Raises ConversionError for what the graph cannot represent.
     """
     c = _resolve(config)
     width = c["num_attention_heads"] * c["attention_head_dim"]
+    own = Operator("relu", {"heads": c["num_attention_heads"]})
+    operators = operators_of(c["self_attention"], c["num_layers"], width, own)
     positions = None
     if c["interpolation_scale"] is not None:
         positions = sincos_positions(width, c["sample_size"], c["patch_size"], c["interpolation_scale"])
@@ -214,7 +223,7 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
     return Component(
         name="transformer",
         architecture="SanaTransformer2DModel",
-        module=SanaTransformer(c),
+        module=SanaTransformer(c, operators),
         inputs=transformer_inputs(c["in_channels"], c["caption_channels"], positions, *conditions),
         outputs=(TensorSpec("prediction", "float32", ("batch", c["out_channels"], "height", "width")),),
         drop=_DROP,
@@ -230,5 +239,6 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
             "guidance_embeds_scale": c["guidance_embeds_scale"] if c["guidance_embeds"] else None,
             "timestep_scale": c["timestep_scale"],
             "caption_channels": c["caption_channels"],
+            "self_attention": describe_operators(operators),
         },
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgedit.converters.passes.fuse_cpu import FuseForCpu
+from edgedit.converters.passes.quantize import PRESETS, Int8MatMul, QuantizeWeights, form_of
 from edgedit.converters.passes.store_half import StoreHalf
 from edgedit.errors import ConversionError
 
 __all__ = ["DTYPES", "OnnxArtefact", "write"]
 
-DTYPES = ("fp32", "fp16")
+DTYPES = ("fp32", "fp16", *PRESETS)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ def write(
     """Write FOLDER/COMPONENT.onnx, its weights and its CPU form under `root`. Weights are read one at a time.
 
     Args:
-        dtype: "fp32", or "fp16" for weights stored as float16 (arithmetic stays float32).
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); or a preset of
+            `passes.quantize`, which stores as float16 what it does not quantize.
         on_tensor: told (weights written, weights in all).
 
     Raises:
         ConversionError: a weight does not fit into float16.
     """
-    if dtype == "fp16":
+    form = form_of(dtype, component)
+    if form is not None:
+        QuantizeWeights(form)(model)
+    if dtype != "fp32":
         StoreHalf()(model)
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
@@ -64,6 +69,8 @@ def write(
     files = [graph] + ([place / data] if (place / data).exists() else [])
     cpu = ir.load(graph)
     modified = FuseForCpu()(cpu).modified
+    if form is not None and form.int8_activations:
+        modified = Int8MatMul()(cpu).modified or modified
     if modified:
         ir.save(cpu, fused)
         files.append(fused)

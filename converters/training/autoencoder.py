@@ -107,6 +107,7 @@ class AutoencoderStage:
     """Training of the autoencoder on scenes rendered on the fly."""
 
     name = "autoencoder"
+    hidden_matrices: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class DecoderStage:
     """Training of `decoder` and `post_quant_conv` of a finished autoencoder."""
 
     name = "decoder"
+    hidden_matrices: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -1,17 +1,10 @@
-"""Draws held-out prompts with a model and counts how many claims hold.
-
-Run as `python -m edgedit.converters.training.evaluate SOURCE -o DIR`.
-
-Takes a diffusers pipeline folder or an `.edgedit` bundle. Writes `scores.json`, `scores.md` and `sheet.png`.
-"""
+"""Draws held-out prompts with a model and counts how many claims hold."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +16,26 @@ from PIL import Image, ImageDraw, ImageFont
 from edgedit.converters.training.captions import Claims, caption
 from edgedit.converters.training.scene_reader import read_scene
 from edgedit.converters.training.scoring import Score, Tally, score_scene
-from edgedit.converters.training.world import sample_scene
+from edgedit.converters.training.similarity import psnr, ssim, structure_distance
+from edgedit.converters.training.world import IMAGE_SIZE, Scene, sample_scene
 from edgedit.errors import InputError
 
-__all__ = ["Draw", "Prompt", "contact_sheet", "evaluate", "held_out_prompts", "main", "open_model", "to_markdown"]
+__all__ = [
+    "Draw",
+    "Picture",
+    "Prompt",
+    "agreement",
+    "contact_sheet",
+    "failures",
+    "held_out_prompts",
+    "open_model",
+    "report",
+    "score",
+    "to_markdown",
+]
 
 Picture = npt.NDArray[np.uint8]
+Tables = dict[str, dict[str, dict[str, float]]]
 Draw = Callable[[Sequence[str], Sequence[int]], list[Picture]]
 """Prompts and seeds in, uint8 (128, 128, 3) pictures out."""
 
@@ -37,11 +44,12 @@ GROUP_NAMES = {1: "one object", 2: "two objects", 3: "three objects"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption of a combination that training never saw, its claims, and the seed to draw it with."""
+    """A caption of a combination that training never saw, its claims, the seed to draw with, and the scene itself."""
 
     text: str
     claims: Claims
     seed: int
+    scene: Scene
 
 
 def held_out_prompts(count: int, *, seed: int) -> list[Prompt]:
@@ -51,88 +59,99 @@ def held_out_prompts(count: int, *, seed: int) -> list[Prompt]:
         rng = np.random.default_rng((seed, 9, index))
         scene = sample_scene(rng, count=(1, 2, 1, 2, 3)[index % 5], held_out=True)
         text, claims = caption(scene, rng, complete=True)
-        prompts.append(Prompt(text, claims, seed=int(rng.integers(2**31))))
+        prompts.append(Prompt(text, claims, seed=int(rng.integers(2**31)), scene=scene))
     return prompts
 
 
-def _open_diffusers(folder: Path, steps: int, guidance_scale: float, flow_shift: float | None) -> Draw:
-    import torch
-    from diffusers import DiffusionPipeline
+@contextmanager
+def open_model(source: str | Path, *, steps: int | None, guidance_scale: float | None) -> Iterator[Draw]:
+    """A drawing function for a bundle, or for a checkpoint, which is converted for the occasion.
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    if flow_shift is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=flow_shift)
-    size = pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
-        pictures = pipeline(
-            prompt=list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            height=size,
-            width=size,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            use_resolution_binning=False,
-            max_sequence_length=64,
-            output_type="np",
-        ).images
-        return [np.rint(picture * 255).astype(np.uint8) for picture in pictures]
-
-    return draw
-
-
-def _open_bundle(path: Path, steps: int | None, guidance_scale: float | None) -> Draw:
+    Args:
+        source: what `edgedit.load` takes, or a pipeline folder (it has `model_index.json`).
+        steps, guidance_scale: the model's own when None.
+    """
     import edgedit
 
-    pipeline: Any = edgedit.load(path)
+    with tempfile.TemporaryDirectory(prefix="edgedit-eval-") as folder:
+        bundle: str | Path = source
+        if (Path(source) / "model_index.json").exists():
+            bundle = Path(folder) / "model.edgedit"
+            edgedit.convert(source, bundle, measure=False)
+        with edgedit.load(bundle) as pipeline:
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
-        pictures = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            result = pipeline.generate(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
-            pictures.append(np.asarray(result.images[0].convert("RGB")))
-        return pictures
+            def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+                pictures = []
+                for prompt, seed in zip(prompts, seeds, strict=True):
+                    result = pipeline.generate(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
+                    pictures.append(np.asarray(result.images[0].convert("RGB")))
+                return pictures
 
-    return draw
-
-
-def open_model(source: Path, *, steps: int, guidance_scale: float, flow_shift: float | None = None) -> Draw:
-    """A drawing function for a diffusers folder (it has `model_index.json`) or a bundle."""
-    if (source / "model_index.json").exists():
-        return _open_diffusers(source, steps, guidance_scale, flow_shift)
-    if not source.exists():
-        raise InputError(f"{source} does not exist: name a diffusers pipeline folder or an .edgedit bundle")
-    if flow_shift is not None:
-        raise InputError("--flow-shift is for diffusers folders: a bundle has its own")
-    return _open_bundle(source, steps, guidance_scale)
+            yield draw
 
 
-def evaluate(
-    draw: Draw, prompts: Sequence[Prompt], *, batch_size: int = 16, log: Callable[[str], None] = print
-) -> tuple[dict[str, dict[str, dict[str, float]]], list[Picture], list[Score]]:
-    """Draws and scores all prompts.
+def score(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> tuple[Tables, list[Score]]:
+    """Reads the pictures and counts which claims hold.
 
     Returns:
-        Tables (see `Tally.table`) for one, two and three objects and for all prompts; the pictures; their scores.
+        Tables (see `Tally.table`) for one, two and three objects and for all prompts, and the score of each picture.
     """
     tallies = {name: Tally() for name in (*GROUP_NAMES.values(), "all prompts")}
-    pictures: list[Picture] = []
     scores: list[Score] = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        drawn = draw([prompt.text for prompt in part], [prompt.seed for prompt in part])
-        for prompt, picture in zip(part, drawn, strict=True):
-            score = score_scene(read_scene(picture), prompt.claims)
-            tallies[GROUP_NAMES[prompt.claims.count]].add(score)
-            tallies["all prompts"].add(score)
-            scores.append(score)
-        pictures += drawn
-        log(f"{len(pictures)} of {len(prompts)}: {sum(score.all_right for score in scores)} all right")
-    return {name: tally.table() for name, tally in tallies.items() if tally.claimed}, pictures, scores
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        found = score_scene(read_scene(_at_scene_size(picture)), prompt.claims)
+        tallies[GROUP_NAMES[prompt.claims.count]].add(found)
+        tallies["all prompts"].add(found)
+        scores.append(found)
+    return {name: tally.table() for name, tally in tallies.items() if tally.claimed}, scores
 
 
-def to_markdown(tables: dict[str, dict[str, dict[str, float]]]) -> str:
+def _at_scene_size(picture: Picture) -> Picture:
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    if picture.shape[:2] == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def failures(prompts: Sequence[Prompt], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Prompt, seed and wrong attributes of every picture that is not all right."""
+    return [
+        {"prompt": prompt.text, "seed": prompt.seed, "wrong": found.wrong}
+        for prompt, found in zip(prompts, scores, strict=True)
+        if not found.all_right
+    ]
+
+
+def agreement(pictures: Sequence[Picture], others: Sequence[Picture]) -> dict[str, float]:
+    """Mean likeness of pictures with those of another model for the same prompts and seeds (see `similarity`).
+
+    Raises InputError when the two models draw pictures of different sizes.
+    """
+    pairs = list(zip(pictures, others, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        raise InputError("the two models draw pictures of different sizes, which cannot be compared one by one")
+    measures = {"psnr_db": psnr, "ssim": ssim, "structure_distance": structure_distance}
+    return {name: float(np.mean([measure(a, b) for a, b in pairs])) for name, measure in measures.items()}
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """What `edgedit eval` found, as Markdown."""
+    parts = [to_markdown(record["tables"])] if "tables" in record else []
+    rows = []
+    if "frechet_to_scenes" in record:
+        rows.append(("Fréchet distance to rendered scenes", f"{record['frechet_to_scenes']:.3f}"))
+    if "agreement" in record:
+        rows.append((f"Fréchet distance to {record['against']}", f"{record['frechet_to_other']:.3f}"))
+        found = record["agreement"]
+        rows.append(("PSNR, same seeds", f"{found['psnr_db']:.1f} dB"))
+        rows.append(("SSIM, same seeds", f"{found['ssim']:.3f}"))
+        rows.append(("structure distance, same seeds", f"{found['structure_distance']:.4f}"))
+    if rows:
+        parts.append("\n".join(["| measure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]) + "\n")
+    return "\n".join(parts)
+
+
+def to_markdown(tables: Tables) -> str:
     """The tables as one Markdown table: share right, its 95 % interval, and the counts."""
     lines = ["| prompts | claim | right | 95 % interval | of |", "|---|---|---|---|---|"]
     for group, table in tables.items():
@@ -180,68 +199,3 @@ def contact_sheet(
         for number, line in enumerate(_wrapped(text, side // 6)[:lines]):
             draw.text((x, y + side + 4 + number * line_height), line, fill=(30, 30, 30), font=font)
     return sheet
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.evaluate", description=__doc__)
-    parser.add_argument("source", type=Path, help="diffusers pipeline folder or .edgedit bundle")
-    parser.add_argument("-n", "--prompts", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0, help="chooses the prompts and the noise")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--flow-shift", type=float, default=None)
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (diffusers folders)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    options = parser.parse_args(arguments)
-    if options.prompts < 1:
-        parser.error("-n must be at least 1")
-    try:
-        draw = open_model(
-            options.source,
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            flow_shift=options.flow_shift,
-        )
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    options.output.mkdir(parents=True, exist_ok=True)
-    prompts = held_out_prompts(options.prompts, seed=options.seed)
-    began = time.monotonic()
-    tables, pictures, scores = evaluate(draw, prompts, batch_size=options.batch)
-    record = {
-        "source": options.source.name,
-        "prompts": options.prompts,
-        "seed": options.seed,
-        "steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "flow_shift": options.flow_shift,
-        "seconds": round(time.monotonic() - began, 1),
-        "tables": tables,
-        "failures": [
-            {
-                "prompt": prompt.text,
-                "seed": prompt.seed,
-                "wrong": s.wrong,
-            }
-            for prompt, s in zip(prompts, scores, strict=True)
-            if not s.all_right
-        ],
-    }
-    (options.output / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.output / "scores.md").write_text(to_markdown(tables))
-    shown = slice(0, 80)
-    sheet = contact_sheet(
-        pictures[shown],
-        [prompt.text for prompt in prompts[shown]],
-        columns=10,
-        marks=[score.all_right for score in scores[shown]],
-    )
-    sheet.save(options.output / "sheet.png")
-    print(to_markdown(tables))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,16 +8,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from edgedit.converters.training.autoencoder import AUTOENCODER_CONFIG
-from edgedit.converters.training.loop import load_file
-from edgedit.converters.training.teacher import Denoiser, build_models
+from edgedit.converters.training.calibration import PROMPTS_FILE
+from edgedit.converters.training.captions import caption
+from edgedit.converters.training.data import training_scenes
+from edgedit.converters.training.loop import load_file, step_rng
+from edgedit.converters.training.teacher import Denoiser, build_transformer
+from edgedit.converters.training.text_encoder import build_text_encoder
 from edgedit.converters.training.tokens import build_tokenizer, wrap_tokenizer
 
-__all__ = ["build_scheduler", "export_pipeline", "load_autoencoder", "load_denoiser"]
+__all__ = ["build_scheduler", "export_pipeline", "load_autoencoder", "load_denoiser", "load_text_encoder"]
 
 FLOW_SHIFT = 5.0
+CALIBRATION_PROMPTS = 1000
 
 
 def build_scheduler(flow_shift: float = FLOW_SHIFT) -> DPMSolverMultistepScheduler:
@@ -39,17 +45,23 @@ def load_autoencoder(path: Path, config: dict[str, Any] | None = None) -> Autoen
     return autoencoder.eval()
 
 
-def load_denoiser(
-    averaged: dict[str, Tensor],
-    text_config: dict[str, Any] | None = None,
-    transformer_config: dict[str, Any] | None = None,
-) -> Denoiser:
-    """Text encoder and transformer (float32) with averaged weights."""
-    denoiser = Denoiser(*build_models(text_config, transformer_config))
-    missing, unexpected = denoiser.load_state_dict(averaged, strict=False)
-    tied = {"text_encoder.encoder.embed_tokens.weight", "transformer.pos_embed.pos_embed"}
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"the checkpoint does not fit the model: {sorted(set(missing) - tied)[:3]} {unexpected[:3]}")
+def _fill(module: nn.Module, weights: dict[str, Tensor], derived: str) -> None:
+    missing, unexpected = module.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - {derived}:
+        raise ValueError(f"the checkpoint does not fit the model: {sorted(set(missing))[:3]} {unexpected[:3]}")
+
+
+def load_text_encoder(path: Path, config: dict[str, Any] | None = None) -> T5EncoderModel:
+    """The finished text encoder (float32) from `text-encoder-final.pt`."""
+    text_encoder = build_text_encoder(config)
+    _fill(text_encoder, load_file(path)["averaged"], "encoder.embed_tokens.weight")
+    return text_encoder.eval()
+
+
+def load_denoiser(averaged: dict[str, Tensor], config: dict[str, Any] | None = None) -> Denoiser:
+    """The transformer (float32) with averaged weights."""
+    denoiser = Denoiser(build_transformer(config))
+    _fill(denoiser, averaged, "transformer.pos_embed.pos_embed")
     return denoiser.eval()
 
 
@@ -58,6 +70,12 @@ def _name_tokenizer(folder: Path) -> None:
     for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+
+
+def _captions(count: int) -> list[str]:
+    """Captions of training scenes, for what calibrates itself on the model."""
+    scenes = enumerate(training_scenes(count, seed=0))
+    return [caption(scene, step_rng(0, index, purpose=6))[0] for index, scene in scenes]
 
 
 def export_pipeline(
@@ -74,10 +92,10 @@ def export_pipeline(
     The configurations are those the run was made with, the module's own when None.
     """
     averaged = load_file(run_dir / "transformer.pt")["averaged"]
-    denoiser = load_denoiser(averaged, text_config, transformer_config)
+    denoiser = load_denoiser(averaged, transformer_config)
     pipeline = PixArtSigmaPipeline(
         tokenizer=wrap_tokenizer(build_tokenizer()),
-        text_encoder=denoiser.text_encoder.to(torch.float16),
+        text_encoder=load_text_encoder(run_dir / "text-encoder-final.pt", text_config).to(torch.float16),
         vae=load_autoencoder(run_dir / "autoencoder-final.pt", autoencoder_config).to(torch.float16),
         transformer=denoiser.transformer.to(torch.float16),
         scheduler=build_scheduler(flow_shift),
@@ -86,6 +104,7 @@ def export_pipeline(
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     _name_tokenizer(temporary)
+    (temporary / PROMPTS_FILE).write_text("\n".join(_captions(CALIBRATION_PROMPTS)) + "\n", encoding="utf-8")
     for kept in ("README.md", "edgedit.json"):
         if (folder / kept).exists():
             shutil.copy(folder / kept, temporary / kept)

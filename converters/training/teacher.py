@@ -1,4 +1,4 @@
-"""The transformer of the embedded model and its text encoder, trained together by flow matching.
+"""The transformer of the embedded model, trained by flow matching.
 
 Path: rectified flow, x_t = (1 - sigma) x_0 + sigma noise, the network predicts noise - x_0 and is told sigma · 1000.
 PixArt itself was trained on a variance-preserving path with noise prediction; flow is chosen here because its target
@@ -12,6 +12,7 @@ section 3.1 (logit-normal sigma); Chen et al., "PixArt-alpha" (2023), section 2.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -20,26 +21,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from edgedit.converters.training.captions import caption
+from edgedit.converters.training.layout import LayoutHead, layout_loss, layout_of
 from edgedit.converters.training.loop import autocast, step_rng
-from edgedit.converters.training.tokens import MAX_TOKENS, PAD, build_tokenizer
+from edgedit.converters.training.tokens import padding_tokenizer
 from edgedit.converters.training.world import Scene
 
-__all__ = ["TEXT_ENCODER_CONFIG", "TRANSFORMER_CONFIG", "PlainAttention", "TeacherStage", "build_models"]
+__all__ = ["TRANSFORMER_CONFIG", "Denoiser", "PlainAttention", "TeacherStage", "build_transformer"]
 
-TEXT_ENCODER_CONFIG: dict[str, Any] = {
-    "d_model": 192,
-    "d_kv": 32,
-    "d_ff": 512,
-    "num_layers": 3,
-    "num_heads": 6,
-    "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-}
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "num_attention_heads": 8,
     "attention_head_dim": 32,
@@ -61,8 +52,14 @@ Flat pictures are redundant: at sigma 0.7 every shape can still be seen in the n
 decided above that. Measured on a half-trained model, taking the caption away raised the loss from 0.14 to 0.15 at sigma
 0.5 and from 0.69 to 0.88 at 0.95; an unshifted logit-normal draws few sigmas up there.
 """
+LAYOUT_WEIGHT = 0.1
+LAYOUT_DEPTH = 4
+"""Blocks before the layout head (`layout`)."""
 UNKNOWN_WORD_SHARE = 0.04
 """Share of captions with one word put in that the vocabulary lacks, so that such words do no harm."""
+
+
+_IS_HIDDEN = re.compile(r"transformer_blocks\.\d+\.(attn|ff).*weight$").search
 
 
 class PlainAttention:
@@ -95,16 +92,25 @@ class PlainAttention:
 
 
 class Denoiser(nn.Module):
-    """Text encoder and transformer as one function of token ids, mask, noisy latents and timestep."""
+    """The transformer with the layout head that helps to train it."""
 
-    def __init__(self, text_encoder: T5EncoderModel, transformer: PixArtTransformer2DModel) -> None:
+    def __init__(self, transformer: PixArtTransformer2DModel) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
         self.transformer = transformer
+        self.layout_head = LayoutHead(transformer.inner_dim)
+        self._hidden_states: Tensor | None = None
+        blocks = transformer.transformer_blocks
+        blocks[min(LAYOUT_DEPTH, len(blocks)) - 1].register_forward_hook(self._keep)
 
-    def forward(self, ids: Tensor, mask: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """(B, L) int64, (B, L) int64, (B, 8, 16, 16), (B,) in [0, 1000] to the velocity (B, 8, 16, 16)."""
-        text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    def _keep(self, block: nn.Module, inputs: Any, hidden_states: Tensor) -> None:
+        self._hidden_states = hidden_states
+
+    def forward(self, text: Tensor, mask: Tensor, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and layout.
+
+        Takes text states (B, L, width), mask (B, L) int64, latents (B, 8, 16, 16) and timesteps (B,) in [0, 1000];
+        returns the velocity (B, 8, 16, 16) and the logits (B, 64, classes) of `LayoutHead`.
+        """
         velocity: Tensor = self.transformer(
             latents,
             encoder_hidden_states=text,
@@ -113,16 +119,13 @@ class Denoiser(nn.Module):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return velocity
+        assert self._hidden_states is not None
+        return velocity, self.layout_head(self._hidden_states)
 
 
-def build_models(
-    text_config: dict[str, Any] | None = None, transformer_config: dict[str, Any] | None = None
-) -> tuple[T5EncoderModel, PixArtTransformer2DModel]:
-    """Freshly initialised models, the transformer with small gates and silent outputs as in PixArt."""
-    vocabulary_size = build_tokenizer().get_vocab_size()
-    text_encoder = T5EncoderModel(T5Config(vocab_size=vocabulary_size, **(text_config or TEXT_ENCODER_CONFIG)))
-    transformer = PixArtTransformer2DModel(**(transformer_config or TRANSFORMER_CONFIG))
+def build_transformer(config: dict[str, Any] | None = None) -> PixArtTransformer2DModel:
+    """A freshly initialised transformer, with small gates and silent outputs as in PixArt."""
+    transformer = PixArtTransformer2DModel(**(config or TRANSFORMER_CONFIG))
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -132,11 +135,11 @@ def build_models(
     for block in transformer.transformer_blocks:
         nn.init.zeros_(block.attn2.to_out[0].weight)
     nn.init.zeros_(transformer.proj_out.weight)
-    return text_encoder, transformer
+    return transformer
 
 
 class TeacherStage:
-    """Training of transformer and text encoder on cached latents."""
+    """Training of the transformer on cached latents, behind a text encoder that stays as it is."""
 
     name = "transformer"
 
@@ -144,10 +147,10 @@ class TeacherStage:
         self,
         latents: npt.NDArray[np.float16],
         scenes: list[Scene],
+        text_encoder: T5EncoderModel,
         *,
         seed: int,
         device: torch.device,
-        text_config: dict[str, Any] | None = None,
         transformer_config: dict[str, Any] | None = None,
         batch_size: int = 64,
         learning_rate: float = 8e-4,
@@ -155,20 +158,22 @@ class TeacherStage:
     ) -> None:
         """`latents` are (N, 8, 16, 16), zero mean and unit variance, in the order of `scenes`."""
         torch.manual_seed(seed)
-        text_encoder, transformer = build_models(text_config, transformer_config)
+        transformer = build_transformer(transformer_config)
         transformer.set_attn_processor(PlainAttention())
-        self.modules: nn.Module = Denoiser(text_encoder, transformer).to(device)
+        self.modules: nn.Module = Denoiser(transformer).to(device)
+        self._text_encoder = text_encoder.eval().requires_grad_(False).to(device)
+        self.hidden_matrices = frozenset(
+            name for name, parameter in self.modules.named_parameters() if parameter.ndim == 2 and _IS_HIDDEN(name)
+        )
         self.learning_rate = learning_rate
         self._latents = latents
         self._scenes = scenes
         self._seed = seed
         self._device = device
         self._batch_size = batch_size
+        self._layout = torch.from_numpy(layout_of(scenes, latents.shape[-1] // transformer.config.patch_size))
         self._forward = torch.compile(self.modules) if compiled else self.modules
-        self._tokenizer = build_tokenizer()
-        self._tokenizer.enable_padding(
-            pad_id=self._tokenizer.token_to_id(PAD), pad_token=PAD, length=MAX_TOKENS, direction="right"
-        )
+        self._tokenizer = padding_tokenizer()
 
     def _caption(self, index: int, rng: np.random.Generator) -> str:
         if rng.random() < CAPTION_DROPOUT:
@@ -181,7 +186,7 @@ class TeacherStage:
         return text
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the velocity over one batch."""
+        """Mean squared error of the velocity over one batch, and a part of the error in the layout."""
         rng = step_rng(self._seed, step, purpose=3)
         chosen = rng.integers(len(self._scenes), size=self._batch_size)
         encodings = self._tokenizer.encode_batch([self._caption(int(i), rng) for i in chosen])
@@ -193,9 +198,12 @@ class TeacherStage:
         sigma = torch.sigmoid(torch.from_numpy(logit))
         weight = sigma.view(-1, 1, 1, 1)
         noisy = (1 - weight) * clean + weight * noise
-        ids, mask, noisy, timestep, target = (
-            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean)
+        layout = self._layout[torch.from_numpy(chosen)]
+        ids, mask, noisy, timestep, target, layout = (
+            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean, layout)
         )
+        with torch.no_grad():
+            text = self._text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         with autocast(self._device):
-            velocity = self._forward(ids, mask, noisy, timestep)
-        return F.mse_loss(velocity.float(), target)
+            velocity, logits = self._forward(text, mask, noisy, timestep)
+        return F.mse_loss(velocity.float(), target) + LAYOUT_WEIGHT * layout_loss(logits, layout)

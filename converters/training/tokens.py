@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from edgedit.converters.training.captions import vocabulary
 
-__all__ = ["MAX_TOKENS", "PAD", "SPECIAL", "UNKNOWN", "build_tokenizer", "wrap_tokenizer"]
+__all__ = ["MAX_TOKENS", "PAD", "SPECIAL", "UNKNOWN", "build_tokenizer", "padding_tokenizer", "wrap_tokenizer"]
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPECIAL = (PAD, END, UNKNOWN)
@@ -39,3 +39,10 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="right",
         model_max_length=300,
     )
+
+
+def padding_tokenizer() -> Tokenizer:
+    """The tokenizer for training: every caption is padded to `MAX_TOKENS`."""
+    tokenizer = build_tokenizer()
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD), pad_token=PAD, length=MAX_TOKENS, direction="right")
+    return tokenizer

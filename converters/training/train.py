@@ -1,6 +1,6 @@
 """Trains the embedded model: `python -m edgedit.converters.training.train -o RUNDIR`.
 
-Stages: the autoencoder, its decoder alone on cached latents, then the transformer together with its text encoder on the
+Stages: the autoencoder, its decoder alone on cached latents, the text encoder, then the transformer behind it on the
 same latents. Start the same command again after an interruption and it goes on from the last checkpoint.
 """
 
@@ -20,16 +20,17 @@ from diffusers import AutoencoderKL
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
-from edgedit.converters.training.export import export_pipeline, load_autoencoder
+from edgedit.converters.training.export import export_pipeline, load_autoencoder, load_text_encoder
 from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
 from edgedit.converters.training.teacher import TeacherStage
+from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
 
-__all__ = ["main", "parse_budget", "train_autoencoder", "train_decoder", "train_transformer"]
+__all__ = ["main", "parse_budget", "train_autoencoder", "train_decoder", "train_text_encoder", "train_transformer"]
 
 DEFAULT_BUDGET = 6000.0
 """Seconds."""
-SHARES = {"autoencoder": 0.25, "decoder": 0.1, "transformer": 0.65}
+SHARES = {"autoencoder": 0.25, "decoder": 0.1, "text_encoder": 0.03, "transformer": 0.62}
 """Parts of the budget when all stages run."""
 
 TrainingSet: TypeAlias = tuple[AutoencoderKL, npt.NDArray[np.float16], list[Scene]]
@@ -79,12 +80,24 @@ def train_decoder(run_dir: Path, budget: Budget, *, seed: int, device: torch.dev
     save_file({"averaged": autoencoder.state_dict()}, run_dir / "autoencoder-final.pt")
 
 
+def train_text_encoder(run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int) -> None:
+    """Trains the text encoder and writes its averaged weights to `text-encoder-final.pt`."""
+    stage = TextStage(training_scenes(scene_count, seed=seed), seed=seed, device=device)
+    averaged = run_stage(stage, run_dir, budget, log=_say, save_every=60, warm_up=50, decay_share=0.4)
+    prefix = "text_encoder."
+    weights = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
+    save_file({"averaged": weights}, run_dir / "text-encoder-final.pt")
+
+
 def train_transformer(
     run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int, batch_size: int, compiled: bool
 ) -> None:
-    """Trains transformer and text encoder on cached latents."""
+    """Trains the transformer on cached latents and the finished text encoder."""
     _, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
-    stage = TeacherStage(latents, scenes, seed=seed, device=device, batch_size=batch_size, compiled=compiled)
+    text_encoder = load_text_encoder(run_dir / "text-encoder-final.pt")
+    stage = TeacherStage(
+        latents, scenes, text_encoder, seed=seed, device=device, batch_size=batch_size, compiled=compiled
+    )
     run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
 
 
@@ -92,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.train", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUNDIR", help="checkpoints and caches")
-    parser.add_argument("--stage", choices=("autoencoder", "decoder", "transformer", "all"), default="all")
+    parser.add_argument(
+        "--stage", choices=("autoencoder", "decoder", "text_encoder", "transformer", "all"), default="all"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--budget", type=parse_budget, help="training time in all, such as 100m (the default)")
     length.add_argument("--steps", type=int, help="training steps of each stage, instead of a time")
@@ -122,6 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
         train_autoencoder(options.output, budget("autoencoder"), seed=options.seed, device=device)
     if options.stage in ("decoder", "all"):
         train_decoder(options.output, budget("decoder"), seed=options.seed, device=device, scene_count=options.scenes)
+    if options.stage in ("text_encoder", "all"):
+        limit = budget("text_encoder")
+        train_text_encoder(options.output, limit, seed=options.seed, device=device, scene_count=options.scenes)
     if options.stage in ("transformer", "all"):
         train_transformer(
             options.output,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import edgedit
-from edgedit.errors import BundleError, CheckpointError, ConversionError
+from edgedit.errors import BundleError, CheckpointError, ConversionError, InputError
 
 Saved = Callable[[str], tuple[Any, Path, int]]
 
@@ -173,7 +173,7 @@ def test_a_model_states_its_own_recommendation(checkpoint: Path, tmp_path: Path)
     assert manifest.prompt.positive.max_length == 9
     assert manifest.provenance.licence == "MIT"
     (checkpoint / "edgedit.json").write_text('{"recommended": {"step": 3}}')
-    with pytest.raises(CheckpointError, match=r"edgedit.json: expected an object"):
+    with pytest.raises(CheckpointError, match=r"edgedit.json: recommended has the unknown entry 'step'"):
         edgedit.convert(checkpoint, tmp_path / "y.edgedit")
 
 
@@ -186,3 +186,78 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(saved_pipeline: Saved,
     assert (tmp_path / "x.edgedit" / "manifest.json").read_bytes() == before
     edgedit.convert(folder, tmp_path / "x.edgedit", overwrite=True, dtype="fp16")
     assert (tmp_path / "x.edgedit" / "manifest.json").read_bytes() != before
+
+
+FLOW_TABLES = {"path": "flow", "prediction": "flow", "sampler": "lcm", "sigmas": [[1.0, 0.9, 0.7, 0.4], [1.0, 0.7]]}
+
+
+def test_a_distilled_model_states_its_schedule_and_guidance_and_is_drawn_by_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    own = {"schedule": FLOW_TABLES, "guidance": {"kind": "none"}}
+    (checkpoint / "edgedit.json").write_text(json.dumps(own))
+    (checkpoint / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
+    edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+    pipeline = edgedit.load(tmp_path / "x.edgedit")
+    manifest = pipeline.bundle.manifest
+    assert manifest.schedule == FLOW_TABLES
+    assert manifest.guidance is not None
+    assert manifest.guidance.kind == "none"
+    assert manifest.recommended is not None
+    assert (manifest.recommended.steps, manifest.recommended.sampler, manifest.recommended.guidance_scale) == (
+        4,
+        "lcm",
+        1.0,
+    )
+    seen: list[float] = []
+    pipeline.generate("a red cat", seed=1, on_step=lambda state: seen.append(state.timestep) or True)
+    np.testing.assert_allclose(seen, [1000, 900, 700, 400], rtol=1e-6)
+    assert pipeline.generate("a red cat", seed=1, steps=2).recipe["steps"] == 2
+    for change, message in (({"steps": 3}, "distilled for 2 or 4 steps"), ({"negative_prompt": "x"}, "no negative")):
+        with pytest.raises(InputError, match=message):
+            pipeline.generate("a red cat", seed=1, **change)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"schedul": {}}, "unknown entry 'schedul'"),
+        ({"schedule": []}, "has schedule = .* must be an object"),
+        ({"schedule": {"path": "flow"}}, "lacks 'prediction'"),
+        ({"schedule": {**FLOW_TABLES, "sigmas": [[1.0, 0.5], [0.9, 0.4]]}}, "has sigmas"),
+        ({"schedule": {**FLOW_TABLES, "sigmas": [0.5, 0.9]}}, "must fall"),
+        ({"schedule": FLOW_TABLES, "recommended": {"steps": 3}}, "distilled for 2 or 4 steps; ask for that, not 3"),
+        ({"schedule": FLOW_TABLES, "recommended": {"sampler": "ddim"}}, "sampler ddim cannot run"),
+        ({"recommended": {"sampler": "eulr"}}, "unknown sampler 'eulr'"),
+        ({"recommended": {"steps": 0}}, "steps = 0: it must be a whole number"),
+        ({"recommended": {"sizes": [[64]]}}, "sizes = .*width, height"),
+        ({"guidance": {"kind": "strong"}}, "kind = 'strong'"),
+        ({"guidance": {"kind": "embedded"}}, "'embedded': it must be cfg or none"),
+        ({"attention": {}}, "attention = .* a list"),
+        ({"licence": 3}, "licence = 3"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value.split(" ")[0].strip("'"),
+)
+def test_a_record_that_is_not_what_it_should_be_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, own: dict[str, Any], message: str
+) -> None:
+    (checkpoint / "edgedit.json").write_text(json.dumps(own))
+    with pytest.raises((CheckpointError, ConversionError), match=message) as caught:
+        edgedit.convert(checkpoint, tmp_path / "x.edgedit")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x.edgedit").exists()
+
+
+def test_the_timestep_scale_of_sana_reaches_the_network_as_its_pipeline_has_it(
+    saved_pipeline: Saved, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved_pipeline("sana")[1], tmp_path / "checkpoint"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "timestep_scale": 0.25}))
+    edgedit.convert(folder, tmp_path / "x.edgedit")
+    seen: list[float] = []
+    pipeline = edgedit.load(tmp_path / "x.edgedit")
+    pipeline.generate("a red cat", seed=0, steps=2, on_step=lambda state: seen.append(state.timestep) or True)
+    scheduler = saved_pipeline("sana")[0].scheduler
+    scheduler.set_timesteps(2)
+    assert seen == [float(0.25 * timestep) for timestep in scheduler.timesteps]

@@ -42,8 +42,9 @@ def write_pipeline(folder: Path, variants: tuple[str, ...] = ("",)) -> Path:
         (folder / name).mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps(index))
     # Contents differ, because the cache keeps equal ones once.
-    for name in ("scheduler/scheduler_config", "tokenizer/tokenizer", "tokenizer/tokenizer_config", "edgedit"):
+    for name in ("scheduler/scheduler_config", "tokenizer/tokenizer", "tokenizer/tokenizer_config"):
         (folder / f"{name}.json").write_text(json.dumps({"file": name}))
+    (folder / "edgedit.json").write_text(json.dumps({"licence": "none"}))
     (folder / "README.md").write_text("a model card")
     (folder / "unrelated" / "big.bin").write_bytes(bytes(1000))
     for part in ("text_encoder", "transformer"):

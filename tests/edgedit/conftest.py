@@ -61,13 +61,20 @@ def _manifest(rng: random.Random) -> dict[str, Any]:
         inside = [f"{backend}/{component}.mlpackage/Data/{word()}.bin" for _ in range(2)]
         folder = f"{backend}/{component}.mlpackage"
         if rng.random() < 0.3:
-            return {"precision": "fp16", "graph": folder, "fused_graph": None, "files": inside, "parity": None}
+            functions = [
+                {"name": maybe(word()), "sizes": {word(): rng.randint(1, 99)}} for _ in range(rng.randint(1, 2))
+            ]
+            whole = {"precision": "fp16", "graph": folder, "fused_graph": None, "files": inside, "parity": None}
+            return {**whole, **rng.choice([{}, {"functions": functions}])}
+        sizes = [{word(): rng.randint(1, 99)} for _ in range(rng.randint(1, 2))]
+        exported = rng.choice([{}, {"exported": {"path": graph, "sizes": sizes}}])
         return {
             "precision": rng.choice(["fp32", "fp16", "int8"]),
             "graph": graph,
             "fused_graph": maybe({"path": fused, "for": [word() for _ in range(rng.randint(1, 2))]}),
             "files": [graph, fused, f"{graph}.data"],
             "parity": maybe(parity()),
+            **exported,
         }
 
     def component(name: str) -> dict[str, Any]:

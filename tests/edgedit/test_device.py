@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edgedit.device import available_memory, cache_dir
+from edgedit.device import available_cores, available_memory, cache_dir
 
 
 def test_available_memory_is_what_the_system_says() -> None:
@@ -21,3 +21,9 @@ def test_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
     assert cache_dir() == tmp_path / "edgedit"
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= available_cores() <= (psutil.cpu_count() or 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3}, raising=False)
+    assert available_cores() == 1

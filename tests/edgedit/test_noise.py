@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgedit.errors import InputError
-from edgedit.noise import KINDS, make_noise, philox_4x32
+from edgedit.noise import KINDS, NoiseBatch, make_noise, philox_4x32
 from edgedit.noise_torch import _box_muller, _fma
 
 SEED = random.SystemRandom().randrange(2**63)
@@ -205,3 +205,15 @@ def test_a_seed_that_is_no_whole_number_from_0_is_refused(kind: str, seed: objec
 def test_an_unknown_kind_of_noise_is_refused() -> None:
     with pytest.raises(InputError, match="unknown noise 'cuda'; choose one of: philox, torch"):
         make_noise("cuda", 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_streams_together_draw_what_each_draws_alone(kind: str) -> None:
+    seeds = (3, 2**64 - 1, 0)
+    together = NoiseBatch([make_noise(kind, seed) for seed in seeds])
+    alone = [make_noise(kind, seed) for seed in seeds]
+    for _ in range(2):
+        drawn = together.normal((3, 4, 5, 5))
+        assert np.array_equal(drawn, np.concatenate([stream.normal((1, 4, 5, 5)) for stream in alone]))
+    with pytest.raises(InputError, match="2 rows from 3 streams"):
+        together.normal((2, 4, 5, 5))

@@ -12,6 +12,8 @@ from PIL import Image
 import edgedit
 from edgedit.denoise import StepState
 from edgedit.errors import InputError
+from edgedit.guidance import Guidance
+from edgedit.recipes import Recipe
 
 Saved = Callable[[str], tuple[Any, Path, int]]
 PROMPT = "a red cat on the big square"
@@ -184,3 +186,37 @@ def test_a_setting_that_cannot_be_honoured_is_one_line(
     with pytest.raises(InputError, match=message) as caught:
         pipe.generate(**{"prompt": PROMPT, "steps": 2, "width": 16, "height": 16, **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pixart-sigma", "pixart-alpha", "sana", "sana-sprint"])
+def test_pictures_denoised_together_are_those_denoised_alone_to_the_bit(
+    kind: str, saved_pipeline: Saved, tmp_path: Path
+) -> None:
+    edgedit.convert(saved_pipeline(kind)[1], tmp_path / "x.edgedit")
+    prompts, seeds = ["a red cat", "a blue dog", "the big circle"], [3, 2**63, 5]
+    with edgedit.load(tmp_path / "x.edgedit", threads=1, low_ram=False) as pipe:
+        recipe = Recipe.resolve(
+            pipe.bundle,
+            prompt="",
+            negative_prompt=None,
+            steps=2,
+            width=None,
+            height=None,
+            guidance_scale=None,
+            guidance_interval=(0.0, 1.0),
+            sampler=None,
+            sigmas=None,
+            rng="philox",
+            strength=None,
+            has_image=False,
+            has_latents=False,
+        )
+        alone = [pipe.generate(p, seed=s, steps=2).latents for p, s in zip(prompts, seeds, strict=True)]
+        embeddings = [pipe.encode_prompt(prompt) for prompt in prompts]
+        guided = Guidance.from_manifest(pipe.bundle.manifest.guidance).needs_negative(recipe.guidance_scale)
+        negatives = [pipe.encode_prompt(recipe.negative_prompt, negative=True)] * 3 if guided else None
+        together = pipe.denoise_together(recipe, embeddings, negatives, seeds)
+        assert np.array_equal(together, np.concatenate(alone))
+        longer = pipe.encode_prompt("a red cat on the dog")
+        with pytest.raises(InputError, match="of one length"):
+            pipe.denoise_together(recipe, [embeddings[0], longer], None, seeds[:2])

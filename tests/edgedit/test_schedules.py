@@ -16,8 +16,9 @@ import torch
 from edgedit.errors import BundleError, ConversionError, InputError
 from edgedit.sampler_names import SAMPLERS, resolve_sampler
 from edgedit.schedule_config import FIELDS, check_schedule_config
-from edgedit.schedules import make_schedule, schedule_config_from_diffusers, schedule_json_schema
+from edgedit.schedules import make_schedule, own_steps, schedule_config_from_diffusers, schedule_json_schema
 from edgedit.sigma_spacing import beta_quantile
+from edgedit.solvers import make_solver
 from edgedit.vp_table import alphas_cumprod
 
 SEED = random.SystemRandom().randrange(2**31)
@@ -376,7 +377,7 @@ def test_a_fixed_table_decides_the_steps_and_can_be_overridden() -> None:
     config = {**VP, "sampler": "dmd", "timesteps": [999, 499]}
     assert make_schedule(config, None).timesteps.tolist() == [999, 499]
     assert make_schedule(config, 2).timesteps.tolist() == [999, 499]
-    with pytest.raises(InputError, match="makes 2 steps and 4 steps were asked for"):
+    with pytest.raises(InputError, match="distilled for 2 steps; ask for that, not 4"):
         make_schedule(config, 4)
     assert make_schedule(config, 1, timesteps=[400]).timesteps.tolist() == [400]
 
@@ -500,7 +501,7 @@ def test_the_json_schema_admits_what_is_read_and_refuses_what_is_not() -> None:
     schema = schedule_json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(json.loads(json.dumps(schema)))
-    for config in (VP, FLOW, TRIGFLOW, {**FLOW, "dynamic_shift": {"rule": "fixed", "mu": 1.0}}):
+    for config in (VP, FLOW, TRIGFLOW, TABLES, {**FLOW, "dynamic_shift": {"rule": "fixed", "mu": 1.0}}):
         validator.validate(config)
     defaults = {name: field.default for name, field in FIELDS.items() if not field.required}
     validator.validate(json.loads(json.dumps({**VP, **defaults})))
@@ -585,3 +586,73 @@ def test_an_empty_scheduler_config_means_the_defaults_of_the_class() -> None:
         "SCMScheduler",
     ):
         assert schedule_config_from_diffusers(name, {}) == config_of(getattr(diffusers, name)()), name
+
+
+TABLES = {**FLOW, "sampler": "lcm", "sigmas": [[1.0, 0.9, 0.7, 0.4], [1.0, 0.7], [1.0]]}
+
+
+def test_a_model_with_several_tables_runs_in_as_many_steps_as_one_of_them_has() -> None:
+    assert own_steps(TABLES) == (4, 2, 1)
+    assert own_steps(FLOW) == ()
+    for steps, told in ((None, [1000, 900, 700, 400]), (4, [1000, 900, 700, 400]), (2, [1000, 700]), (1, [1000])):
+        schedule = make_schedule(TABLES, steps)
+        np.testing.assert_allclose(schedule.timesteps, told, rtol=1e-6)
+        np.testing.assert_allclose(schedule.sigmas, [*np.array(told) / 1000, 0], rtol=1e-6)
+    with pytest.raises(InputError, match="distilled for 1 or 2 or 4 steps; ask for that, not 3"):
+        make_schedule(TABLES, 3)
+    assert make_schedule(TABLES, 3, sigmas=[1.0, 0.5, 0.2]).steps == 3
+
+
+def test_tables_of_every_path_count_steps_without_their_end_point() -> None:
+    angles = {**TRIGFLOW, "timesteps": [[1.5, 1.2, 0.0], [1.5, 0.0]]}
+    assert own_steps(angles) == (2, 1)
+    np.testing.assert_allclose(make_schedule(angles, 2).alphas, np.cos([1.5, 1.2, 0.0]), atol=1e-7)
+    vp = {**VP, "sampler": "lcm", "timesteps": [[999, 499], [999]]}
+    assert own_steps(vp) == (2, 1)
+    assert make_schedule(vp, 1).timesteps.tolist() == [999]
+    assert own_steps({**VP, "sampler": "euler", "sigmas": [14.6, 3.0, 0.0]}) == (2,)
+    both = {**FLOW, "timesteps": [[900.0, 300.0], [900.0]], "sigmas": [[1.0], [1.0, 0.4]]}
+    assert own_steps(both) == (2, 1)
+    two = make_schedule(both, 2)
+    assert (two.timesteps.tolist(), two.sigmas.tolist()) == ([900.0, 300.0], [1.0, pytest.approx(0.4), 0.0])
+
+
+def test_the_network_is_told_its_timestep_times_the_models_scale() -> None:
+    plain, scaled = (
+        make_schedule({**TRIGFLOW, "timestep_scale": scale}, 2, timesteps=[1.5, 1.1, 0.0]) for scale in (1.0, 1000.0)
+    )
+    np.testing.assert_array_equal(plain.timesteps, scaled.timesteps)
+    for i, angle in enumerate((1.5, 1.1)):
+        assert scaled.told(i) == pytest.approx(1000 * np.sin(angle) / (np.cos(angle) + np.sin(angle)), rel=1e-6)
+        assert plain.told(i) == pytest.approx(scaled.told(i) / 1000, rel=1e-6)
+
+
+def test_trigflow_and_flow_tables_of_one_network_draw_the_same() -> None:
+    """A flow network on the TrigFlow path is the same network, its input and its time named in another way."""
+    angles = [1.5, 1.1, 0.0]
+    sigmas = [float(np.sin(a) / (np.cos(a) + np.sin(a))) for a in angles[:-1]]
+    noise = np.random.default_rng(SEED).standard_normal((2, 1, 4, 3, 5)).astype(np.float32)
+    results = []
+    for config in (
+        {**TRIGFLOW, "timesteps": angles, "timestep_scale": 1000.0},
+        {**FLOW, "sampler": "dmd", "sigmas": sigmas},
+    ):
+        schedule = make_schedule(config, None)
+        solver = make_solver(schedule.sampler, schedule)
+        start = angles[0]
+        x = noise[0] if schedule.path == "trigflow" else noise[0] / np.float32(np.cos(start) + np.sin(start))
+        for i in range(len(schedule)):
+            seen = x * np.float32(schedule.input_scale(i))
+            x = solver.step(i, x, np.tanh(seen + np.float32(schedule.told(i) / 1000)), lambda shape: noise[1])
+        results.append(x)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [[[]], [], [[1.0, 0.5], [0.9, 0.4]], [[1.0], 0.5], [["a"]], [[1.0], [float("nan")]]])
+def test_tables_that_cannot_be_told_apart_or_are_not_numbers_are_refused(levels: Any) -> None:
+    if levels == []:
+        with pytest.raises(InputError, match="at least one step"):
+            make_schedule({**FLOW, "sigmas": levels}, None)
+        return
+    with pytest.raises(BundleError, match="has sigmas"):
+        make_schedule({**FLOW, "sigmas": levels}, None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
+import mlx_blas  # noqa: F401  (before MLX)
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,9 @@ from diffusers import DiffusionPipeline
 
 import edgedit
 from edgedit.api import BUILTIN
+from edgedit.converters.training.captions import Claims, GroupClaim, RelationClaim
+from edgedit.converters.training.scene_reader import read_scene
+from edgedit.converters.training.scoring import score_scene
 
 CHECKPOINT = Path(__file__).parent.parent.parent / "models" / "scenes"
 
@@ -40,6 +45,21 @@ def test_the_embedded_bundle_is_what_convert_makes_of_the_checkpoint(tmp_path: P
     assert edgedit.verify(BUILTIN).passed
 
 
+def test_the_picture_of_the_demo_is_what_its_prompt_says(pipe: edgedit.Pipeline) -> None:
+    makefile = (CHECKPOINT.parents[1] / "Makefile").read_text()
+    prompt, seed = (re.search(rf"^{name} \?= (.*)$", makefile, re.MULTILINE) for name in ("PROMPT", "SEED"))
+    assert prompt is not None
+    assert seed is not None
+    picture = pipe.generate(prompt[1], seed=int(seed[1])).images[0]
+    claims = Claims(
+        (GroupClaim(1, "circle", "red", None, None), GroupClaim(1, "square", "blue", None, None)),
+        (RelationClaim(0, "above", 1),),
+        "white",
+    )
+    score = score_scene(read_scene(np.asarray(picture.convert("RGB"))), claims)
+    assert score.all_right, score.wrong
+
+
 def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit.Pipeline) -> None:
     reference = DiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
@@ -64,3 +84,20 @@ def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit
         assert error <= 1e-4, (prompt, seed)
         wanted = np.asarray(reference.image_processor.postprocess(picture, output_type="pil")[0], np.int16)
         assert np.abs(np.asarray(result.images[0], np.int16) - wanted).max() <= 2, (prompt, seed)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_mlx_draws_the_pictures_that_onnx_runtime_draws(dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    edgedit.convert(CHECKPOINT, tmp_path / "whole.edgedit", measure=False)
+    edgedit.convert(CHECKPOINT, tmp_path / "mlx.edgedit", to=("mlx",), dtype=dtype, measure=False)
+    seed, pictures = random.randrange(2**31), []
+    for folder, backend in (("whole.edgedit", "onnx"), ("mlx.edgedit", "mlx")):
+        with edgedit.load(tmp_path / folder, backend, use_cache=False) as drawing:
+            result = drawing.generate("three small yellow stars", seed=seed, steps=4)
+        pictures.append(np.asarray(result.images[0], np.float64))
+    difference = pictures[1] - pictures[0]
+    if dtype == "fp32":
+        assert np.abs(difference).max() <= 2, seed
+    else:
+        assert 10 * np.log10(255**2 / np.square(difference).mean()) >= 45, seed

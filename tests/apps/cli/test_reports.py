@@ -32,7 +32,7 @@ def test_convert_prints_a_table_with_class_size_and_parity_of_every_component(cl
         (row,) = [line.split() for line in done.lines if line.strip().startswith(name)]
         assert row[1] == class_name
         assert manifest.components[name].parameters == pytest.approx(float(row[2]) * 1e3, rel=0.01)
-        assert row[6] == "fp32"
+        assert row[7] == "fp32"
         assert "equal" in row or "dB" in row
     assert done.lines[-1].startswith("a.edgedit: ")
     assert [line for line in done.err.splitlines() if line in manifest.components] == list(manifest.components)

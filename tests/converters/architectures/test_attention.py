@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from edgedit.converters.architectures.attention import KVCompressedAttention, KVCompression, LinearAttention
 from edgedit.converters.architectures.layers import Module, Op, Value, int64s
+from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.converters.graph import Component, TensorSpec, build
 from edgedit.errors import ConversionError
 
@@ -25,21 +26,20 @@ from edgedit.errors import ConversionError
 class OnMap(Module):
     """A map [B, C, H, W] read as tokens, the attention under test, tokens [B, H·W, C] out."""
 
-    def __init__(self, attention: Module, width: int, *, takes_grid: bool) -> None:
+    def __init__(self, attention: Module, width: int) -> None:
         super().__init__()
-        self.attention, self.width, self.takes_grid = attention, width, takes_grid
+        self.attention, self.width = attention, width
 
     def forward(self, op: Op, x: Value) -> Value:
-        grid = op.Shape(x, start=2, end=4)
         tokens = op.Transpose(op.Reshape(x, int64s(op, 0, self.width, -1)), perm=[0, 2, 1])
-        return self.attention(op, tokens, grid) if self.takes_grid else self.attention(op, tokens)
+        return self.attention(op, tokens, TokenGrid(op.Shape(x, start=2, end=4)))
 
 
-def on_map(attention: Module, width: int, *, takes_grid: bool = False) -> Component:
+def on_map(attention: Module, width: int) -> Component:
     return Component(
         name="attention",
         architecture="test",
-        module=OnMap(attention, width, takes_grid=takes_grid),
+        module=OnMap(attention, width),
         inputs=(TensorSpec("x", "float32", ("batch", width, "height", "width")),),
         outputs=(TensorSpec("y", "float32", ("batch", "tokens", width)),),
     )
@@ -185,8 +185,7 @@ def test_compressed_attention_equals_its_formula_on_even_and_odd_maps(
     heads, head_dim = int(random.integers(1, 4)), int(random.choice([4, 6, 10]))
     width = heads * head_dim
     reference = randomise(Compressed(width, heads, factor, sampling), seed)
-    compression = KVCompression(sampling, factor, frozenset({0}))
-    component = on_map(KVCompressedAttention(width, heads, head_dim, compression), width, takes_grid=True)
+    component = on_map(KVCompressedAttention(width, heads, head_dim, factor, sampling=sampling), width)
     graph = Graph(component, prefixed(reference), tmp_path)
     for shape in ((2 * factor, 3 * factor), (2 * factor + 1, 3 * factor - 1), (factor, 5 * factor + 1), (11, 7)):
         x = torch.from_numpy(random.standard_normal((2, width, *shape))).float()
@@ -200,7 +199,7 @@ def test_the_convolution_that_averages_keeps_the_mean_of_each_window(tmp_path: P
     with torch.no_grad():
         reference.sr.weight.fill_(1 / 4)
         reference.sr.bias.zero_()
-    component = on_map(KVCompressedAttention(8, 2, 4, KVCompression("conv", 2, frozenset({0}))), 8, takes_grid=True)
+    component = on_map(KVCompressedAttention(8, 2, 4, 2), 8)
     x = torch.randn(1, 8, 6, 10)
     tokens = x.flatten(2).transpose(1, 2)
     with torch.no_grad():

@@ -264,6 +264,7 @@ def test_the_configuration_of_the_first_checkpoints_is_understood() -> None:
         "guidance_embeds_scale": None,
         "timestep_scale": 1.0,
         "caption_channels": 4096,
+        "self_attention": [{"operator": "softmax", "layers": [0]}],
     }
 
 

@@ -169,6 +169,7 @@ def test_runtime_tells_what_the_sampler_must_know() -> None:
         "guidance_embeds_scale": 0.1,
         "timestep_scale": 1000.0,
         "caption_channels": 2304,
+        "self_attention": [{"operator": "relu", "heads": 70, "layers": [0]}],
     }
     assert [spec.name for spec in sprint.inputs][4:] == ["pos_embed", "guidance"]
     plain = build_transformer({"num_layers": 1})
@@ -194,3 +195,13 @@ def test_what_the_graph_cannot_represent_is_refused_by_name(change: dict[str, An
     with pytest.raises(ConversionError, match=named) as caught:
         build_transformer({**config, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_the_record_names_have_its_operator() -> None:
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    entries = [{"operator": "lit", "heads": 4, "kernel_size": 3, "layers": [1]}]
+    component = build_transformer({**config, "self_attention": entries})
+    assert component.runtime["self_attention"] == [{"operator": "relu", "heads": 2, "layers": [0]}, *entries]
+    shapes, _ = parameter_shapes(component)
+    assert shapes["transformer_blocks.1.attn1.dwc.weight"] == (16, 1, 3, 3)
+    assert "transformer_blocks.0.attn1.dwc.weight" not in shapes

@@ -16,10 +16,11 @@ from edgedit.converters.training import train
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
-from edgedit.converters.training.evaluate import evaluate, held_out_prompts, open_model
-from edgedit.converters.training.export import export_pipeline
+from edgedit.converters.training.evaluate import held_out_prompts, open_model, score
+from edgedit.converters.training.export import CALIBRATION_PROMPTS, export_pipeline
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
+from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
 from edgedit.converters.training.world import is_held_out, render
 
 TINY_AUTOENCODER: dict[str, Any] = {
@@ -63,12 +64,13 @@ CPU = torch.device("cpu")
 def teacher(seed: int) -> TeacherStage:
     scenes = training_scenes(12, seed=seed)
     latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    torch.manual_seed(seed)
     return TeacherStage(
         latents,
         scenes,
+        build_text_encoder(TINY_TEXT),
         seed=seed,
         device=CPU,
-        text_config=TINY_TEXT,
         transformer_config=TINY_TRANSFORMER,
         batch_size=4,
         compiled=False,
@@ -79,7 +81,11 @@ def autoencoder(seed: int) -> AutoencoderStage:
     return AutoencoderStage(seed=seed, device=CPU, config=TINY_AUTOENCODER, batch_size=2, crop_steps=3)
 
 
-@pytest.mark.parametrize("make", [teacher, autoencoder])
+def text_encoder(seed: int) -> TextStage:
+    return TextStage(training_scenes(12, seed=seed), seed=seed, device=CPU, config=TINY_TEXT, batch_size=4)
+
+
+@pytest.mark.parametrize("make", [teacher, autoencoder, text_encoder])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(make: Any, tmp_path: Path) -> None:
     seed = int(np.random.default_rng().integers(2**31))
     whole = run_stage(make(seed), tmp_path / "whole", Budget(steps=6), log=lambda line: None, warm_up=2)
@@ -164,6 +170,8 @@ def test_latents_are_cached_and_read_back(tmp_path: Path) -> None:
 
 def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    torch.manual_seed(1)
+    save_file({"averaged": build_text_encoder(TINY_TEXT).state_dict()}, tmp_path / "text-encoder-final.pt")
     tiny = AutoencoderKL(**TINY_AUTOENCODER)
     save_file({"averaged": tiny.state_dict()}, tmp_path / "autoencoder-final.pt")
     folder = tmp_path / "scenes"
@@ -180,12 +188,11 @@ def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, mo
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     trained = load_file(tmp_path / "transformer.pt")["averaged"]["transformer.proj_out.bias"]
     assert torch.equal(pipeline.transformer.proj_out.bias.data.half(), trained.half())
-    tables, pictures, scores = evaluate(
-        open_model(folder, steps=2, guidance_scale=2.0),
-        held_out_prompts(3, seed=0),
-        batch_size=2,
-        log=lambda line: None,
-    )
+    assert len((folder / "calibration.txt").read_text().splitlines()) == CALIBRATION_PROMPTS
+    prompts = held_out_prompts(3, seed=0)
+    with open_model(folder, steps=2, guidance_scale=2.0) as draw:
+        pictures = draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])
+    tables, scores = score(pictures, prompts)
     assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 3
     assert len(scores) == 3
     assert tables["all prompts"]["all"]["total"] == 3

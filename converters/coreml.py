@@ -1,0 +1,155 @@
+"""How a conversion makes Core ML packages: for which sizes, in which precision, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgedit.converters.checkpoint import Checkpoint
+from edgedit.converters.families import Family
+from edgedit.converters.fixed_sizes import FixedSizes, fixed_sizes
+from edgedit.converters.graph import Component
+from edgedit.converters.lowerings import coreml as lowering
+from edgedit.converters.lowerings.coreml import CoremlArtefact
+from edgedit.converters.lowerings.mil.compression import WeightForm, parse_form
+from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
+from edgedit.errors import ConversionError
+from edgedit.manifest import Function, TensorSpec
+from edgedit.runtimes.base import Session
+from edgedit.runtimes.coreml import CoremlSession
+from edgedit.runtimes.coreml_engine import InterpreterEngine, coremltools
+
+__all__ = ["CoremlOptions", "CoremlPlan", "plan_coreml"]
+
+#: Pictures of more pixels are not drawn with the interpreter to measure a package, unless that is asked for.
+MEASURE_PIXELS = 512 * 512
+
+Opener = Callable[[], Session]
+
+
+@dataclass(frozen=True)
+class CoremlOptions:
+    """What a user may choose.
+
+    Attributes:
+        target: "iOS18" (with macOS 15) or "iOS26" (with macOS 26).
+        attention: "fused" is Core ML's operator, "written" a product, a softmax and a product.
+        weights: how the transformer and the text encoder are stored: "int8", "int4" (blocks of 32 inputs, or as in
+            "int4-b64"), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16": one for 16 outputs). None: `dtype`.
+    """
+
+    target: str = "iOS18"
+    attention: str = "fused"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in lowering.TARGETS:
+            raise ConversionError(f"unknown Core ML target {self.target!r}; choose from: {', '.join(lowering.TARGETS)}")
+        if self.attention not in ("fused", "written"):
+            raise ConversionError(f"unknown attention {self.attention!r}; choose from: fused, written")
+        if self.weights is not None:
+            parse_form(self.weights)
+
+
+@dataclass(frozen=True)
+class CoremlPlan:
+    """The packages of one model."""
+
+    sizes: FixedSizes
+    options: CoremlOptions
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest's provenance."""
+        return {**asdict(self.options), "sizes": [list(size) for size in self.sizes.pictures]}
+
+    def _form(self, component: str) -> WeightForm | None:
+        """Autoencoders stay whole: they are small, and the eye sees what they do."""
+        if self.options.weights is None or component not in ("transformer", "text_encoder"):
+            return None
+        return parse_form(self.options.weights)
+
+    def measured(self, asked: bool | None) -> bool:
+        """Whether packages are run at conversion: when that is asked for, or nothing is said and pictures are small."""
+        width, height = min(self.sizes.pictures, key=lambda size: size[0] * size[1])
+        return bool(asked) or (asked is None and width * height <= MEASURE_PIXELS)
+
+    def reference_sizes(self, component: str) -> dict[str, Any]:
+        """Arguments of `example_inputs` for inputs that a package takes: those of the smallest picture."""
+        rows, columns = self.sizes.smallest_grid()
+        patch = self.sizes.patch_size if component == "transformer" else 1
+        room = self.sizes.encoder_length if component == "text_encoder" else self.sizes.text_length
+        return {"tokens": (rows // patch, columns // patch), "length": min(9, room)}
+
+    def write(
+        self, component: Component, model: ir.Model, root: Path, *, dtype: str
+    ) -> tuple[CoremlArtefact, list[Opener]]:
+        """Write the package of a component; what opens it with the interpreter, as it is and with float16 emulated."""
+        artefact = lowering.write(
+            model,
+            root,
+            component.name,
+            inputs=component.inputs,
+            functions=self.sizes.functions(component.name),
+            options=lowering.CoremlOptions(
+                precision=precision_of(component, dtype),
+                target=self.options.target,
+                fused_attention=self.options.attention == "fused",
+                whole_reason=_reason(component),
+                form=self._form(component.name),
+            ),
+        )
+        named = len(artefact.functions) > 1
+        functions = [Function(f.name if named else None, f.dims) for f in artefact.functions]
+        specs = [[TensorSpec(s.name, s.dtype, s.shape) for s in part] for part in (component.inputs, component.outputs)]
+
+        def opened(emulate: bool) -> Session:
+            engine = InterpreterEngine(root / artefact.graph, emulate_fp16=emulate)
+            return CoremlSession(engine, specs[0], specs[1], functions, component.name)
+
+        return artefact, [partial(opened, emulate) for emulate in ((False, True) if dtype == "fp16" else (False,))]
+
+
+def precision_of(component: Component, dtype: str) -> str:
+    """The lowering's precision: text encoders, and autoencoders that say so, compute in float32."""
+    if dtype != "fp16":
+        return "fp32"
+    return "fp16-weights" if _reason(component) else "fp16"
+
+
+def _reason(component: Component) -> str:
+    if component.name == "text_encoder":
+        return "a text encoder: its activations pass float16's range"
+    if component.runtime.get("force_upcast"):
+        return "force_upcast: the autoencoder's configuration asks for float32"
+    return ""
+
+
+def plan_coreml(
+    checkpoint: Checkpoint,
+    family: Family,
+    components: Mapping[str, Component],
+    tokenizer: CheckpointTokenizer | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    options: CoremlOptions | None,
+) -> CoremlPlan:
+    """What to write for `components`. Checks that coremltools is here before anything is written.
+
+    Raises:
+        ConversionError: sizes that the model cannot draw.
+        RuntimeUnavailableError: coremltools is not installed.
+    """
+    coremltools()
+    max_length = checkpoint.own.max_length or family.template.max_length
+    prompt = None
+    if tokenizer is not None:
+        prompt = prompt_recipe(tokenizer, max_length=max_length, instruction=family.template.instruction)
+    runtime = {name: component.runtime for name, component in components.items()}
+    wanted = sizes
+    if wanted is None and (listed := checkpoint.own.recommended.get("sizes")):
+        wanted = [(int(width), int(height)) for width, height in listed]
+    return CoremlPlan(fixed_sizes(wanted, runtime, prompt, max_length=max_length), options or CoremlOptions())

@@ -1,0 +1,1 @@
+"""Canonical ONNX → MIL, the language of Core ML's ML Programs, operator by operator."""

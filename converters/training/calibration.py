@@ -1,0 +1,256 @@
+"""What a model is calibrated or distilled on: prompts, their embeddings, and pictures that the model itself draws.
+
+No data set is needed: the teacher's own samples stand in for data (as in CLEAR and in data-free distillation).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgedit.converters.convert import convert
+from edgedit.converters.training.denoisers import Denoiser, Text, guided
+from edgedit.converters.training.loop import autocast, step_rng
+from edgedit.errors import InputError
+
+__all__ = [
+    "DEFAULT_PROMPTS",
+    "PROMPTS_FILE",
+    "Calibration",
+    "draw_latents",
+    "embed_prompts",
+    "noise_of_samples",
+    "read_prompts",
+    "sample_latents",
+]
+
+SAMPLE_STEPS = 20
+PROMPTS_FILE = "calibration.txt"
+
+DEFAULT_PROMPTS = (
+    "a photo of a cat sleeping on a windowsill in the morning sun",
+    "a busy street market at night, neon signs, rain on the pavement",
+    "portrait of an old fisherman with a grey beard, oil painting",
+    "a bowl of fresh fruit on a wooden table, soft light",
+    "an astronaut riding a horse on the moon",
+    "aerial view of a river winding through an autumn forest",
+    "a red sports car parked in front of a modern glass building",
+    "a child's drawing of a house, a tree and a smiling sun",
+    "close-up of a bee on a purple flower, macro photography",
+    "a medieval castle on a cliff above a stormy sea",
+    "three green apples in a row on a white background",
+    "a cosy library with tall shelves and a leather armchair",
+    "a blue ceramic vase with yellow tulips, watercolour",
+    "snow-covered mountains reflected in a still lake at dawn",
+    "a robot playing chess with a young woman in a park",
+    "a slice of chocolate cake on a plate, studio photography",
+    "pixel art of a dragon guarding a treasure chest",
+    "a sailing boat on calm water under a pink sky",
+    "a black and white photograph of a jazz band on stage",
+    "a futuristic city with flying vehicles and hanging gardens",
+    "two dogs running along a beach, splashing water",
+    "an ancient temple overgrown with jungle plants",
+    "a steaming cup of coffee beside an open notebook",
+    "an isometric illustration of a small workshop full of tools",
+    "a hummingbird hovering in front of a red flower",
+    "a lighthouse in heavy fog, minimalist composition",
+    "a group of hot air balloons over a desert valley",
+    "a knitted toy elephant on a white shelf",
+    "a stained glass window with geometric patterns",
+    "a chef preparing sushi behind a wooden counter",
+    "a bicycle leaning against a yellow wall with blue shutters",
+    "an infographic poster of the planets of the solar system",
+)
+"""General prompts, for a checkpoint that brings none."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Embedded prompts and the latents that the teacher drew for them.
+
+    Attributes:
+        text: one row a prompt.
+        empty: the negative prompt, one row.
+        latents: float16 (N, C, H, W); latents[i] was drawn for prompt i modulo the number of prompts.
+        guidance_scale: the scale that they were drawn with.
+        seed, batch_size: what their noise depends on, see `noise_of_samples`.
+    """
+
+    text: Text
+    empty: Text
+    latents: npt.NDArray[np.float16]
+    guidance_scale: float
+    seed: int
+    batch_size: int
+
+    def batch(self, chosen: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Text]:
+        """Latents (B, C, H, W) float32 and the embedded prompts they belong to."""
+        clean = torch.from_numpy(self.latents[chosen].astype(np.float32)).to(device)
+        return clean, self.prompts(chosen, device)
+
+    def prompts(self, chosen: npt.NDArray[np.int64], device: torch.device) -> Text:
+        """The embedded prompts of samples."""
+        rows = torch.from_numpy(chosen % len(self.text.states))
+        text = self.text[rows]
+        return Text(text.states.float().to(device), text.mask.to(device))
+
+    def negative(self, count: int, device: torch.device) -> Text:
+        """The negative prompt, `count` times."""
+        states, mask = self.empty.states.float().to(device), self.empty.mask.to(device)
+        return Text(states.expand(count, -1, -1), mask.expand(count, -1))
+
+
+def read_prompts(source: str, checkpoint: Path) -> list[str]:
+    """The prompts of a text file, one a line; "self" takes the checkpoint's `calibration.txt`, or `DEFAULT_PROMPTS`.
+
+    Raises InputError when there are none.
+    """
+    path = Path(source)
+    if source == "self":
+        path = checkpoint / PROMPTS_FILE
+        if not path.is_file():
+            return list(DEFAULT_PROMPTS)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--calibration {source} cannot be read ({error}); give a text file, one prompt a line"
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path} holds no prompts; write one a line, or give --calibration self")
+    return prompts
+
+
+def embed_prompts(
+    checkpoint: Path, prompts: Sequence[str], *, on_step: Callable[[int, int], None] | None = None
+) -> tuple[Text, Text]:
+    """Embeds prompts, and the empty negative prompt, with the runtime's own text encoder.
+
+    The encoder is converted into a temporary bundle, so that training sees exactly what drawing will give.
+
+    Returns:
+        Text (N, L, D) float16 and (1, L, D), both padded to the longest prompt.
+    """
+    import edgedit
+
+    with tempfile.TemporaryDirectory(prefix="edgedit-text-") as folder:
+        bundle = Path(folder) / "text.edgedit"
+        convert(checkpoint, bundle, components=("text_encoder",), measure=False)
+        with edgedit.load(bundle, use_cache=False) as pipeline:
+            found = [pipeline.encode_prompt("", negative=True)]
+            for index, prompt in enumerate(prompts):
+                found.append(pipeline.encode_prompt(prompt))
+                if on_step is not None:
+                    on_step(index + 1, len(prompts))
+    length = max(embedding.hidden_states.shape[1] for embedding in found)
+    width = found[0].hidden_states.shape[2]
+    states = np.zeros((len(found), length, width), np.float16)
+    mask = np.zeros((len(found), length), np.int64)
+    for row, embedding in enumerate(found):
+        used = embedding.hidden_states.shape[1]
+        states[row, :used] = embedding.hidden_states[0].clip(-65504, 65504)
+        mask[row, :used] = embedding.attention_mask[0]
+    whole = Text(torch.from_numpy(states), torch.from_numpy(mask))
+    return whole[torch.arange(1, len(found))], whole[torch.arange(1)]
+
+
+@torch.no_grad()
+def draw_latents(
+    denoiser: Denoiser,
+    noise: Tensor,
+    text: Text,
+    empty: Text,
+    *,
+    guidance_scale: float,
+    levels: npt.NDArray[np.float64],
+) -> Tensor:
+    """Draws latents with DPM-Solver++ 2M on the straight path (Lu et al. 2022, algorithm 2).
+
+    Args:
+        noise: unit noise (B, C, H, W).
+        levels: falling levels s that end at 0.
+    """
+    x, before, last_step = noise.float(), None, 0.0
+    for now, then in itertools.pairwise(levels):
+        s = torch.full((len(x),), float(now), device=x.device)
+        clean = x - float(now) * guided(denoiser, x, s, text, empty, guidance_scale)
+        if then <= 0:
+            x = clean
+            break
+        step = _log_snr(then) - _log_snr(now)
+        estimate = clean
+        if before is not None:
+            estimate = clean + (clean - before) * (0.5 * step / last_step)
+        ratio = float(then) / float(now)
+        x = ratio * x + (1 - float(then) - ratio * (1 - float(now))) * estimate
+        # Pure noise is an infinite step away from everything, so there is no second order right after it.
+        before, last_step = (clean, step) if now < 1 else (None, 0.0)
+    return x
+
+
+def _log_snr(s: float) -> float:
+    return math.log((1 - s) / s) if s < 1 else -math.inf
+
+
+def _batch_noise(seed: int, batch: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    return step_rng(seed, batch, purpose=11).standard_normal((size, *shape), dtype=np.float32)
+
+
+def noise_of_samples(chosen: npt.NDArray[np.int64], shape: Sequence[int], calibration: Calibration) -> Tensor:
+    """The unit noise (B, C, H, W) that samples number `chosen` were drawn from."""
+    size, total = calibration.batch_size, len(calibration.latents)
+    batches = {
+        int(batch): _batch_noise(calibration.seed, int(batch), min(size, total - int(batch) * size), tuple(shape))
+        for batch in np.unique(chosen // size)
+    }
+    return torch.from_numpy(np.stack([batches[int(i) // size][int(i) % size] for i in chosen]))
+
+
+def sample_latents(
+    denoiser: Denoiser,
+    text: Text,
+    empty: Text,
+    *,
+    count: int,
+    shape: tuple[int, int, int],
+    guidance_scale: float,
+    seed: int,
+    device: torch.device,
+    batch_size: int,
+    on_step: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.float16]:
+    """Latents (count, *shape) that the teacher draws, number i for prompt i modulo the number of prompts.
+
+    Batch k depends on `(seed, k)` alone. Raises InputError when the model draws values that are not numbers.
+    """
+    result = np.empty((count, *shape), np.float16)
+    calibration = Calibration(text, empty, result, guidance_scale, seed, batch_size)
+    levels = denoiser.levels(SAMPLE_STEPS)
+    for index, start in enumerate(range(0, count, batch_size)):
+        size = min(batch_size, count - start)
+        noise = _batch_noise(seed, index, size, shape)
+        with autocast(device):
+            latents = draw_latents(
+                denoiser,
+                torch.from_numpy(noise).to(device),
+                calibration.prompts(np.arange(start, start + size), device),
+                calibration.negative(size, device),
+                guidance_scale=guidance_scale,
+                levels=levels,
+            )
+        if not torch.isfinite(latents).all():
+            raise InputError("the checkpoint draws values that are not numbers; it cannot be calibrated on itself")
+        result[start : start + size] = latents.cpu().numpy()
+        if on_step is not None:
+            on_step(start + size, count)
+    return result

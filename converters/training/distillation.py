@@ -1,0 +1,206 @@
+"""`distill`: from a many-step checkpoint to one that draws in a few steps, in one resumable call."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgedit.converters.training.calibration import read_prompts
+from edgedit.converters.training.denoisers import Denoiser
+from edgedit.converters.training.distill import METHODS
+from edgedit.converters.training.jobs import (
+    default_guidance,
+    latent_shape,
+    pick_device,
+    run_training,
+    training_budget,
+    weights_of,
+)
+from edgedit.converters.training.teacher import PlainAttention
+from edgedit.converters.training.trainable import check_output, open_trainable, save_trainable
+from edgedit.converters.training.workspace import OnProgress, Workspace, digest
+from edgedit.errors import InputError
+
+__all__ = ["STEP_COUNTS", "DistillationReport", "distill", "few_step_schedule"]
+
+STEP_COUNTS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """What `distill` did.
+
+    Attributes:
+        output: the new checkpoint.
+        method, steps, guidance_scale: as trained.
+        schedule: the manifest's schedule object that it is drawn with.
+        losses: first and last loss.
+        seconds: time of this call.
+    """
+
+    output: Path
+    method: str
+    steps: int
+    guidance_scale: float
+    schedule: dict[str, Any]
+    losses: dict[str, tuple[float, float]]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def few_step_schedule(teacher: Denoiser, method: str, steps: int) -> dict[str, Any]:
+    """The schedule object of a distilled model: the teacher's path, and a table of levels for each number of steps.
+
+    Consistency models are called anywhere on the trajectory, so fewer steps work too; "dmd" is trained for its own
+    levels alone.
+    """
+    counts = [steps] if method == "dmd" else [count for count in reversed(STEP_COUNTS) if count <= steps]
+    kept = {
+        key: value
+        for key, value in teacher.schedule.items()
+        if key in ("path", "prediction", "num_train_timesteps") or (key in _BETAS and teacher.schedule["path"] == "vp")
+    }
+    tables: list[list[float]] = []
+    for count in counts:
+        levels = teacher.levels(count)[:-1]
+        if kept["path"] == "flow":
+            tables.append([float(level) for level in levels])
+        else:
+            tables.append([float(round(float(t))) for t in teacher.timestep(torch.tensor(levels))])
+    return {**kept, "sampler": "dmd", ("sigmas" if kept["path"] == "flow" else "timesteps"): tables}
+
+
+_BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+
+
+def distill(
+    source: str | Path,
+    output: str | Path,
+    *,
+    method: str = "lcm",
+    steps: int = 4,
+    calibration: str = "self",
+    budget: float | None = None,
+    train_steps: int | None = None,
+    samples: int | None = None,
+    guidance_scale: float | None = None,
+    learning_rate: float | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+    stop_after: int | None = None,
+) -> DistillationReport:
+    """Train a student that draws in `steps` steps what the checkpoint draws in many, guidance distilled in.
+
+    Call it again with the same arguments after an interruption and it goes on.
+
+    Args:
+        source: a pipeline folder, also one that `linearize` made.
+        output: the checkpoint to make: a pipeline folder whose `edgedit.json` states the schedule, and `loss.png`.
+        method: "lcm", "scm" or "dmd" (see `distill`).
+        steps: 1, 2 or 4.
+        calibration: a text file of prompts, one a line, or "self".
+        budget: seconds of training; half an hour by default.
+        train_steps: training steps instead, for a result that does not depend on the machine's speed.
+        samples: latents that the teacher draws to learn from; four for each prompt, 64 to 2048, by default.
+        guidance_scale: the teacher's guidance; the checkpoint's recommendation by default.
+        learning_rate: the method's own by default.
+        batch_size: latents in a step.
+        stop_after: leave at this step as if interrupted, for tests.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or no pipeline.
+        InputError: an option without sense, or a loss that is not a number.
+        ConversionError: the output exists or cannot be written.
+    """
+    began = time.monotonic()
+    limit = training_budget(budget, train_steps)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+    if steps not in STEP_COUNTS:
+        raise InputError(f"--steps {steps} is not possible; choose {', '.join(map(str, STEP_COUNTS))}")
+    target = Path(output)
+    check_output(target)
+    trainable = open_trainable(source)
+    prompts = read_prompts(calibration, trainable.path)
+    count = samples if samples is not None else max(64, min(2048, 4 * len(prompts)))
+    scale = default_guidance(trainable) if guidance_scale is None else guidance_scale
+    work = Workspace(
+        target,
+        {
+            "source": str(trainable.path.resolve()),
+            "method": [method, steps, learning_rate],
+            "prompts": digest("\n".join(prompts)),
+            "budget": [limit.seconds, limit.steps],
+            "samples": [count, scale, batch_size],
+            "seed": seed,
+        },
+    )
+    place = pick_device(device)
+    trainable.transformer.to(place).eval().requires_grad_(False)
+    if place.type == "cpu":
+        trainable.transformer.set_attn_processor(PlainAttention())
+    teacher = trainable.denoiser()
+    data = work.calibration(
+        trainable.path,
+        teacher,
+        prompts,
+        count=count,
+        shape=latent_shape(trainable),
+        guidance_scale=scale,
+        seed=seed,
+        device=place,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    student = copy.deepcopy(trainable.transformer).requires_grad_(True)
+    options: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
+    stage = METHODS[method](
+        teacher,
+        student,
+        data,
+        levels=[float(level) for level in teacher.levels(steps)[:-1]],
+        seed=seed,
+        device=place,
+        batch_size=batch_size,
+        **options,
+    )
+    averaged = run_training(stage, work, limit, on_progress, stop_after)
+    schedule = few_step_schedule(teacher, method, steps)
+    plot = work.plot("loss.png")
+    save_trainable(
+        trainable,
+        target,
+        weights=weights_of(student, _student_weights(averaged, method)),
+        settings=_settings(trainable.settings, schedule, steps),
+        extra={} if plot is None else {"loss.png": plot},
+    )
+    losses = work.first_and_last()
+    work.remove()
+    return DistillationReport(target, method, steps, scale, schedule, losses, time.monotonic() - began)
+
+
+def _student_weights(averaged: Mapping[str, torch.Tensor], method: str) -> dict[str, torch.Tensor]:
+    if method != "dmd":
+        return dict(averaged)
+    return {name.removeprefix("student."): value for name, value in averaged.items() if name.startswith("student.")}
+
+
+def _settings(settings: Mapping[str, Any], schedule: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    recommended = {key: value for key, value in settings.get("recommended", {}).items() if key == "sizes"}
+    return {
+        **settings,
+        "schedule": dict(schedule),
+        "guidance": {"kind": "none"},
+        "recommended": {**recommended, "steps": steps},
+    }
