@@ -25,7 +25,11 @@ DEFAULT_STRENGTH = 0.6
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a run, complete and valid for one bundle. `width` and `height` are pixels."""
+    """Settings of a run, complete and valid for one bundle. `width` and `height` are pixels.
+
+    `denoise_tile` is the side, and `denoise_overlap` the least overlap, of the windows in which the picture is
+    denoised, in pixels; None for the picture as a whole.
+    """
 
     prompt: str
     negative_prompt: str
@@ -40,6 +44,8 @@ class Recipe:
     strength: float | None
     schedule: Schedule
     latents_shape: tuple[int, int, int, int]
+    denoise_tile: int | None = None
+    denoise_overlap: int | None = None
 
     @classmethod
     def resolve(
@@ -59,6 +65,8 @@ class Recipe:
         strength: float | None,
         has_image: bool,
         has_latents: bool,
+        denoise_tile: int | None = None,
+        denoise_overlap: int | None = None,
     ) -> Recipe:
         """Fill what is None from the manifest and check the rest.
 
@@ -80,6 +88,9 @@ class Recipe:
         width = _pixels("width", width if width is not None else recommended.width, space.size_multiple)
         height = _pixels("height", height if height is not None else recommended.height, space.size_multiple)
         rows, columns = height // space.scale_factor, width // space.scale_factor
+        tile, overlap = _windows(denoise_tile, denoise_overlap, space.size_multiple)
+        # What the network sees at once.
+        seen = [side if tile is None else min(side, tile // space.scale_factor) for side in (rows, columns)]
         values = _sigmas(sigmas)
         count = steps if steps is not None or values is not None else recommended.steps
         name, spacing = resolve_sampler(sampler or recommended.sampler)
@@ -88,7 +99,7 @@ class Recipe:
             config,
             None if count is None else _steps(count),
             sigmas=values,
-            image_tokens=rows * columns // space.patch_size**2,
+            image_tokens=seen[0] * seen[1] // space.patch_size**2,
             sampler=label,
         )
         make_solver(name, schedule)
@@ -108,6 +119,8 @@ class Recipe:
             strength=_strength(strength, has_image),
             schedule=schedule,
             latents_shape=(1, space.channels, rows, columns),
+            denoise_tile=tile,
+            denoise_overlap=overlap,
         )
 
     def as_dict(self, bundle: Bundle, *, seed: int, runtime: Mapping[str, str]) -> dict[str, Any]:
@@ -127,6 +140,11 @@ class Recipe:
             "sigmas": None if self.sigmas is None else list(self.sigmas),
             "rng": self.rng,
             "strength": self.strength,
+            **(
+                {}
+                if self.denoise_tile is None
+                else {"denoise_tile": self.denoise_tile, "denoise_overlap": self.denoise_overlap}
+            ),
             "model": bundle.manifest.name,
             "model_hash": bundle.model_hash,
             **runtime,
@@ -142,6 +160,21 @@ def _pixels(name: str, value: int, multiple: int) -> int:
         choice = f"{below} or {above}" if below else str(above)
         raise InputError(f"{name} {value} is not a multiple of {multiple}, as this model needs; use {choice}")
     return value
+
+
+def _windows(tile: int | None, overlap: int | None, multiple: int) -> tuple[int | None, int | None]:
+    """Side and overlap of the windows; by default they overlap by half, as far as `multiple` divides it."""
+    if tile is None:
+        if overlap is not None:
+            raise InputError("a denoise overlap does nothing without a denoise tile; leave it out")
+        return None, None
+    side = _pixels("the denoise tile", tile, multiple)
+    shared = side // 2 // multiple * multiple if overlap is None else overlap
+    if isinstance(shared, bool) or not isinstance(shared, int) or not 0 <= shared < side or shared % multiple:
+        raise InputError(
+            f"the denoise overlap must be a multiple of {multiple} from 0 to below the tile's {side}, not {overlap!r}"
+        )
+    return side, shared
 
 
 def _steps(value: int) -> int:

@@ -55,6 +55,8 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "sigmas": ("a list of numbers", _are_numbers),
     "rng": ("a text", _is_text),
     "strength": ("a number", _is_number),
+    "denoise_tile": ("a whole number", _is_whole),
+    "denoise_overlap": ("a whole number", _is_whole),
     "image": ("a path with its hash", _is_file),
     "latents": ("a path with its hash", _is_file),
     "model": ("a text", _is_text),
@@ -63,7 +65,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 #: Those that are settings of a request of the same name.
 _SETTINGS = (
     *("prompt", "negative_prompt", "steps", "width", "height", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength", "model_hash"),
+    *("sampler", "sigmas", "rng", "strength", "denoise_tile", "denoise_overlap", "model_hash"),
 )
 
 
@@ -91,6 +93,8 @@ class Replay:
         for name in ("guidance_interval", "sigmas"):
             if name in changes:
                 changes[name] = tuple(map(float, changes[name]))
+        if request.denoise_tile is not None:
+            changes.pop("denoise_overlap", None)
         if request.steps is not None:
             changes.pop("sigmas", None)
         if request.sigmas is not None or "sigmas" in changes:
@@ -101,6 +105,11 @@ class Replay:
             changes |= {"image": self._file("image", "--image"), "latents_in": self._file("latents", "--latents-in")}
         if request.model is None:
             changes["model"] = self.find_model()
+        if request.aspect is not None:
+            changes = {name: value for name, value in changes.items() if name not in ("width", "height")}
+        elif {"width", "height"} <= set(changes):
+            # The picture was drawn at this size: whoever did has said that it may be.
+            changes["force_size"] = True
         if not request.prompt and self.recipe.get("prompt") == "":
             changes["allow_empty"] = True
         return replace(request, **changes)
