@@ -6,7 +6,8 @@
     python tests/bench/tiling.py time --kind sdxl --side 1024
     python tests/bench/tiling.py end-to-end --side 4096 --steps 2 --max-memory 8G
 
-Kinds: scenes (the embedded model's decoder), kl, kl3, kl2, dc, tiny (small, random), sdxl, dcae, taesd (real sizes, random).
+Kinds: scenes (the embedded model's decoder), kl, kl3, kl2, dc, tiny (small, random), sdxl, dcae, taesd (real sizes,
+random).
 `end-to-end` draws with SANA-0.6B's transformer and the DC-AE, random, behind a tiny text encoder, in 4096-pixel
 settings whatever the side; it needs 10 GB of disk.
 Everything is decoded in a child process of its own, so that a peak is that of one decode.
