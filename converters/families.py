@@ -59,6 +59,7 @@ class Family:
             family are in `edgedit.converters.few_steps`.
         uses_shift_factor: whether the reference pipeline applies the autoencoder's shift_factor.
         scales_timestep: whether the reference pipeline multiplies timesteps by the transformer's timestep_scale.
+        bucketed: sides in pixels of the square pictures at which its checkpoints were trained on aspect-ratio buckets.
         example: a published checkpoint.
     """
 
@@ -71,6 +72,7 @@ class Family:
     guidance_scale: float
     uses_shift_factor: bool = False
     scales_timestep: bool = False
+    bucketed: tuple[int, ...] = ()
     example: str = ""
 
 
@@ -113,6 +115,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
+        bucketed=(256, 512, 1024, 2048),
         example="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     ),
     Family(
@@ -123,6 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance=_CFG,
         steps=20,
         guidance_scale=4.5,
+        bucketed=(256, 512, 1024),
         example="PixArt-alpha/PixArt-XL-2-1024-MS",
     ),
     Family(
@@ -134,6 +138,7 @@ FAMILIES: tuple[Family, ...] = (
         steps=20,
         guidance_scale=4.5,
         scales_timestep=True,
+        bucketed=(512, 1024, 2048, 4096),
         example="Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     ),
     Family(
@@ -144,6 +149,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance={"kind": "embedded", "scale": 0.1},
         steps=2,
         guidance_scale=4.5,
+        bucketed=(1024,),
         example="Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers",
     ),
 )

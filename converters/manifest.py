@@ -15,6 +15,7 @@ from edgedit.converters.families import Family
 from edgedit.converters.few_steps import few_steps_of
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
+from edgedit.converters.trained_sizes import trained_sizes
 from edgedit.errors import ConversionError
 from edgedit.manifest import FORMAT_VERSION
 from edgedit.schedules import own_steps, schedule_config_from_diffusers
@@ -235,5 +236,5 @@ def _recommended(
         "height": side,
         "guidance_scale": 1.0 if guidance["kind"] == "none" else float(own.get("guidance_scale", scale)),
         "sampler": str(own.get("sampler", schedule["sampler"])),
-        "sizes": [list(pair) for pair in own.get("sizes", [[side, side]])],
+        "sizes": [list(pair) for pair in own.get("sizes", trained_sizes(family.bucketed, side))],
     }

@@ -32,7 +32,8 @@ def rows_to_pixels(array: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     if not np.isfinite(array).all():
         raise InputError("the picture has values that are not finite numbers; decode in fp32")
     unit = np.clip(array.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
-    return np.asarray((unit * np.float32(255)).round().astype(np.uint8))
+    pixels: npt.NDArray[np.uint8] = (unit * np.float32(255)).round().astype(np.uint8)
+    return pixels
 
 
 class RowCollector:

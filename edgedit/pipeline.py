@@ -32,6 +32,7 @@ from edgedit.step_cache import CachedTransformer
 from edgedit.text import Tokenizer
 from edgedit.tiling.component import Tiling, choose
 from edgedit.tiling.component import run as run_component
+from edgedit.windows import Windows
 
 if TYPE_CHECKING:
     from edgedit.manifest import Latents
@@ -424,7 +425,9 @@ class Pipeline:
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
-        together = self._guides_together(latents.shape[2] * latents.shape[3] // space.patch_size**2)
+        windows = self._windows(recipe)
+        seen = latents.shape[2:] if windows is None else [min(windows.side, side) for side in latents.shape[2:]]
+        together = self._guides_together(seen[0] * seen[1] // space.patch_size**2)
         cached = None
         if recipe.step_cache is not None and not recipe.step_cache.never:
             cached = CachedTransformer(self._parted(), recipe.step_cache, len(schedule) - start)
@@ -433,9 +436,13 @@ class Pipeline:
 
         def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray, *branches: str) -> np.ndarray:
             extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
-            inputs = self._inputs(x, t, states, mask, extra)
-            out = self._session("transformer").run(inputs) if cached is None else cached.run(inputs, branches)
-            return out["prediction"][:, : space.channels]
+
+            def ask(part: np.ndarray) -> np.ndarray:
+                inputs = self._inputs(part, t, states, mask, extra)
+                out = self._session("transformer").run(inputs) if cached is None else cached.run(inputs, branches)
+                return out["prediction"][:, : space.channels]
+
+            return ask(x) if windows is None else windows.blend(ask, x)
 
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
             guided = guided and negative is not None
@@ -473,12 +480,21 @@ class Pipeline:
         found = getattr(self.runtime, "guides_together", lambda _: None)(tokens)
         return tokens <= GUIDANCE_BATCH_TOKENS if found is None else bool(found)
 
+    def _windows(self, recipe: Recipe) -> Windows | None:
+        space = self.latent_space
+        if recipe.denoise_tile is None or recipe.denoise_overlap is None:
+            return None
+        factor = space.scale_factor
+        return Windows(recipe.denoise_tile // factor, recipe.denoise_overlap // factor, space.patch_size)
+
     def _conditions(self, recipe: Recipe, guidance: Guidance) -> dict[str, np.ndarray]:
         conditions: dict[str, np.ndarray] = {}
         wanted = {spec.name for spec in self.bundle.component("transformer").inputs}
         if "resolution" in wanted:
-            conditions["resolution"] = np.array([[recipe.height, recipe.width]], np.float32)
-            conditions["aspect_ratio"] = np.array([[recipe.height / recipe.width]], np.float32)
+            tile = recipe.denoise_tile
+            height, width = (side if tile is None else min(side, tile) for side in (recipe.height, recipe.width))
+            conditions["resolution"] = np.array([[height, width]], np.float32)
+            conditions["aspect_ratio"] = np.array([[height / width]], np.float32)
         if "guidance" in wanted:
             conditions["guidance"] = np.array([guidance.embedded(recipe.guidance_scale)], np.float32)
         return conditions
@@ -613,6 +629,8 @@ class Pipeline:
         """
         space = self.latent_space
         picture = image if isinstance(image, Image.Image) else images.open_image(image)
+        if max_memory is not None:
+            self.close()
         rows: list[np.ndarray] = []
         run_component(
             self.bundle,
@@ -644,6 +662,8 @@ class Pipeline:
         image: Image.Image | str | Path | None = None,
         strength: float | None = None,
         step_cache: str | None = None,
+        denoise_tile: int | None = None,
+        denoise_overlap: int | None = None,
         tiling: Tiling | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
@@ -659,7 +679,11 @@ class Pipeline:
             rng: "philox", or "torch" for the noise of torch.manual_seed on a CPU.
             step_cache: a policy of `edgedit.step_cache` by which steps leave blocks out, as "taylor:3"; None or "off"
                 computes every step.
+            denoise_tile: side in pixels of overlapping windows in which a picture larger than the model draws is
+                denoised (`edgedit.windows`); the prompt speaks to every window.
+            denoise_overlap: least pixels by which they overlap, half of the side by default.
             tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
+                Its memory limit holds for encoding `image` too.
             decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
 
@@ -682,13 +706,22 @@ class Pipeline:
             has_image=image is not None,
             has_latents=latents is not None,
             step_cache=step_cache,
+            denoise_tile=denoise_tile,
+            denoise_overlap=denoise_overlap,
         )
         seeds = _seeds(seed)
         start_latents = None if latents is None else self._start_latents(latents, recipe)
         guided = Guidance.from_manifest(self.bundle.manifest.guidance).needs_negative(recipe.guidance_scale)
         positive = self.encode_prompt(prompt)
         negative = self.encode_prompt(recipe.negative_prompt, negative=True) if guided else None
-        reference = None if image is None else self.encode_image(image, width=recipe.width, height=recipe.height)
+        reference = None
+        if image is not None:
+            reference = self.encode_image(
+                image,
+                width=recipe.width,
+                height=recipe.height,
+                max_memory=None if tiling is None else tiling.max_memory,
+            )
 
         finished: list[np.ndarray] = []
         stopped = False

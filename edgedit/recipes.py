@@ -26,7 +26,11 @@ DEFAULT_STRENGTH = 0.6
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a run, complete and valid for one bundle. `width` and `height` are pixels."""
+    """Settings of a run, complete and valid for one bundle. `width` and `height` are pixels.
+
+    `denoise_tile` is the side, and `denoise_overlap` the least overlap, of the windows in which the picture is
+    denoised, in pixels; None for the picture as a whole.
+    """
 
     prompt: str
     negative_prompt: str
@@ -42,6 +46,8 @@ class Recipe:
     schedule: Schedule
     latents_shape: tuple[int, int, int, int]
     step_cache: StepCache | None = None
+    denoise_tile: int | None = None
+    denoise_overlap: int | None = None
 
     @classmethod
     def resolve(
@@ -62,6 +68,8 @@ class Recipe:
         has_image: bool,
         has_latents: bool,
         step_cache: str | None = None,
+        denoise_tile: int | None = None,
+        denoise_overlap: int | None = None,
     ) -> Recipe:
         """Fill what is None from the manifest and check the rest.
 
@@ -83,6 +91,9 @@ class Recipe:
         width = _pixels("width", width if width is not None else recommended.width, space.size_multiple)
         height = _pixels("height", height if height is not None else recommended.height, space.size_multiple)
         rows, columns = height // space.scale_factor, width // space.scale_factor
+        tile, overlap = _windows(denoise_tile, denoise_overlap, space.size_multiple)
+        # What the network sees at once.
+        seen = [side if tile is None else min(side, tile // space.scale_factor) for side in (rows, columns)]
         values = _sigmas(sigmas)
         count = steps if steps is not None or values is not None else recommended.steps
         name, spacing = resolve_sampler(sampler or recommended.sampler)
@@ -91,13 +102,15 @@ class Recipe:
             config,
             None if count is None else _steps(count),
             sigmas=values,
-            image_tokens=rows * columns // space.patch_size**2,
+            image_tokens=seen[0] * seen[1] // space.patch_size**2,
             sampler=label,
         )
         make_solver(name, schedule)
         cache = parse_step_cache(step_cache)
         if cache is not None:
             cache.check(schedule.steps)
+            if tile is not None:
+                raise InputError("a step cache knows one picture, not its windows; leave it or the denoise tile out")
         if rng not in KINDS:
             raise InputError(f"unknown rng {rng!r}; choose one of: {', '.join(KINDS)}")
         return cls(
@@ -115,6 +128,8 @@ class Recipe:
             schedule=schedule,
             latents_shape=(1, space.channels, rows, columns),
             step_cache=cache,
+            denoise_tile=tile,
+            denoise_overlap=overlap,
         )
 
     def as_dict(self, bundle: Bundle, *, seed: int, runtime: Mapping[str, str]) -> dict[str, Any]:
@@ -134,12 +149,18 @@ class Recipe:
             "sigmas": None if self.sigmas is None else list(self.sigmas),
             "rng": self.rng,
             "strength": self.strength,
-            "step_cache": None if self.step_cache is None else str(self.step_cache),
+            **self._only_if_used(),
             "model": bundle.manifest.name,
             "model_hash": bundle.model_hash,
             **runtime,
             "edgedit": __version__,
         }
+
+    def _only_if_used(self) -> dict[str, Any]:
+        used: dict[str, Any] = {} if self.step_cache is None else {"step_cache": str(self.step_cache)}
+        if self.denoise_tile is not None:
+            used |= {"denoise_tile": self.denoise_tile, "denoise_overlap": self.denoise_overlap}
+        return used
 
 
 def _pixels(name: str, value: int, multiple: int) -> int:
@@ -150,6 +171,21 @@ def _pixels(name: str, value: int, multiple: int) -> int:
         choice = f"{below} or {above}" if below else str(above)
         raise InputError(f"{name} {value} is not a multiple of {multiple}, as this model needs; use {choice}")
     return value
+
+
+def _windows(tile: int | None, overlap: int | None, multiple: int) -> tuple[int | None, int | None]:
+    """Side and overlap of the windows; by default they overlap by half, as far as `multiple` divides it."""
+    if tile is None:
+        if overlap is not None:
+            raise InputError("a denoise overlap does nothing without a denoise tile; leave it out")
+        return None, None
+    side = _pixels("the denoise tile", tile, multiple)
+    shared = side // 2 // multiple * multiple if overlap is None else overlap
+    if isinstance(shared, bool) or not isinstance(shared, int) or not 0 <= shared < side or shared % multiple:
+        raise InputError(
+            f"the denoise overlap must be a multiple of {multiple} from 0 to below the tile's {side}, not {overlap!r}"
+        )
+    return side, shared
 
 
 def _steps(value: int) -> int:

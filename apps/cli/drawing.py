@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-#: Unknown words, and trained sizes, that a warning names.
+#: Unknown words that a warning names.
 NAMED = 6
 #: Characters of a cut prompt that a warning shows.
 CUT_SHOWN = 120
@@ -97,8 +97,14 @@ class Run:
         from edgedit.apps.cli.finish import make_tiling
         from edgedit.guidance import Guidance
         from edgedit.recipes import Recipe
+        from edgedit.sizes import check_size, size_of_aspect
 
         asked = self.request
+        best = self.pipe.bundle.manifest.recommended
+        sizes = () if best is None else best.sizes
+        if asked.aspect is not None:
+            width, height = size_of_aspect(sizes, *asked.aspect)
+            self.request = replace(asked, width=width, height=height)
         self.tiling = make_tiling(
             asked.vae_tiling, asked.vae_tile_size, asked.vae_tile_overlap, asked.max_memory, self.tile
         )
@@ -116,6 +122,8 @@ class Run:
             "rng": request.rng or "philox",
             "strength": request.strength,
             "step_cache": request.step_cache,
+            "denoise_tile": request.denoise_tile,
+            "denoise_overlap": request.denoise_overlap,
         }
         self.recipe: Recipe = Recipe.resolve(
             self.pipe.bundle,
@@ -124,10 +132,16 @@ class Run:
             has_latents=self.start.latents is not None,
             **self.settings,
         )
+        seen = (self.recipe.width, self.recipe.height)
+        if not request.force_size and request.denoise_tile is None:
+            check_size(sizes, *seen)
+        elif not request.force_size and request.denoise_tile is not None:
+            width, height = (min(side, request.denoise_tile) for side in seen)
+            check_size(sizes, width, height, what="the model was not made for windows of")
         guidance = Guidance.from_manifest(manifest.guidance)
         self.guided = guidance.needs_negative(self.recipe.guidance_scale)
-        best = manifest.recommended.guidance_scale if manifest.recommended else 1.0
-        if guidance.kind == "none" and self.recipe.guidance_scale not in (1.0, best):
+        usual = best.guidance_scale if best is not None else 1.0
+        if guidance.kind == "none" and self.recipe.guidance_scale not in (1.0, usual):
             raise InputError("--guidance does nothing for this model, which was distilled to run without; leave it out")
         if not self.guided and request.negative_is_explicit:
             raise InputError(
@@ -166,12 +180,6 @@ class Run:
         warn, bundle = self.progress.warn, self.pipe.bundle
         if self.request.model_hash not in (None, bundle.model_hash):
             warn(f"the picture was drawn with another model than {bundle.manifest.name}; it will look different")
-        sizes = bundle.manifest.recommended.sizes if bundle.manifest.recommended else ()
-        width, height = self.recipe.width, self.recipe.height
-        if sizes and (width, height) not in sizes:
-            near = sorted(sizes, key=lambda size: abs(size[0] - width) + abs(size[1] - height))[:NAMED]
-            listed = ", ".join(f"{w}x{h}" for w, h in near)
-            warn(f"the model was not trained for {width}x{height} pixels; nearest trained: {listed}")
         sides = [("prompt", self.prompt, False)]
         if self.guided:
             sides.append(("negative prompt", self.recipe.negative_prompt, True))
@@ -230,6 +238,7 @@ class Run:
             image=self.start.image,
             latents=self.start.latents,
             on_step=self.step,
+            tiling=self.tiling,
             decode=False,
             **self.settings,
         )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from edgedit.apps.cli import generate_options as flag
 from edgedit.apps.cli.progress import make_progress
 from edgedit.apps.cli.replay import load_replay
-from edgedit.apps.cli.request import Request, parse_interval, parse_seeds, parse_sigmas, parse_size, read_prompt
+from edgedit.apps.cli.request import (
+    Request,
+    parse_aspect,
+    parse_interval,
+    parse_seeds,
+    parse_sigmas,
+    parse_size,
+    read_prompt,
+)
 from edgedit.errors import InputError
 
 __all__ = ["generate"]
@@ -23,6 +31,10 @@ def generate(
     width: flag.Width = None,
     height: flag.Height = None,
     size: flag.Size = None,
+    aspect: flag.Aspect = None,
+    force_size: flag.ForceSize = False,
+    denoise_tile: flag.DenoiseTile = None,
+    denoise_overlap: flag.DenoiseOverlap = None,
     guidance: flag.GuidanceScale = None,
     guidance_interval: flag.GuidanceInterval = None,
     sampler: flag.Sampler = None,
@@ -76,6 +88,10 @@ def generate(
         seeds=parse_seeds(seed or (replay.seeds if replay else []), batch_count),
         width=columns,
         height=rows,
+        aspect=parse_aspect(aspect),
+        force_size=force_size,
+        denoise_tile=denoise_tile,
+        denoise_overlap=denoise_overlap,
         guidance_scale=guidance,
         guidance_interval=parse_interval(guidance_interval),
         sampler=sampler,

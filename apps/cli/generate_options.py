@@ -60,6 +60,32 @@ Height = Annotated[
     typer.Option("--height", "-H", metavar="PX", help="Height.", show_default=MODELS_OWN, rich_help_panel=PICTURE),
 ]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Both at once, as 512x512.", rich_help_panel=PICTURE)]
+Aspect = Annotated[
+    str | None,
+    typer.Option(metavar="W:H", help="The model's size of the nearest aspect ratio, as 16:9.", rich_help_panel=PICTURE),
+]
+ForceSize = Annotated[
+    bool,
+    typer.Option("--force-size", help="Draw a size that the model was not made for.", rich_help_panel=PICTURE),
+]
+DenoiseTile = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX",
+        help="Denoise in overlapping windows of this side, for a picture larger than the model draws.",
+        show_default="the picture whole",
+        rich_help_panel=PICTURE,
+    ),
+]
+DenoiseOverlap = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX",
+        help="Least overlap of those windows.",
+        show_default="half of their side",
+        rich_help_panel=PICTURE,
+    ),
+]
 GuidanceScale = Annotated[
     float | None,
     typer.Option(

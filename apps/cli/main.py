@@ -27,6 +27,7 @@ from edgedit.apps.cli.inspect import inspect
 from edgedit.apps.cli.linearize import linearize
 from edgedit.apps.cli.models import models
 from edgedit.apps.cli.tune import tune
+from edgedit.apps.cli.upscale import upscale
 from edgedit.apps.cli.verify import verify
 from edgedit.errors import EdgeditError
 
@@ -42,7 +43,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (generate, decode, convert, inspect, verify, bench, tune, models, linearize, distill, export_app):
+for command in (
+    *(generate, upscale, decode, convert, inspect, verify, bench, tune, models),
+    *(linearize, distill, export_app),
+):
     app.command(no_args_is_help=False)(command)
 app.command("eval", no_args_is_help=False)(eval_model)
 app.add_typer(batch, name="batch")

@@ -57,6 +57,8 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "strength": ("a number", _is_number),
     "step_cache": ("a text", _is_text),
     "decoder": ("a text", _is_text),
+    "denoise_tile": ("a whole number", _is_whole),
+    "denoise_overlap": ("a whole number", _is_whole),
     "image": ("a path with its hash", _is_file),
     "latents": ("a path with its hash", _is_file),
     "model": ("a text", _is_text),
@@ -65,7 +67,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
 #: Those that are settings of a request of the same name.
 _SETTINGS = (
     *("prompt", "negative_prompt", "steps", "width", "height", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength", "step_cache", "decoder", "model_hash"),
+    *("sampler", "sigmas", "rng", "strength", "step_cache", "denoise_tile", "denoise_overlap", "decoder", "model_hash"),
 )
 
 
@@ -93,6 +95,8 @@ class Replay:
         for name in ("guidance_interval", "sigmas"):
             if name in changes:
                 changes[name] = tuple(map(float, changes[name]))
+        if request.denoise_tile is not None:
+            changes.pop("denoise_overlap", None)
         if request.steps is not None:
             changes.pop("sigmas", None)
         if request.sigmas is not None or "sigmas" in changes:
@@ -103,6 +107,11 @@ class Replay:
             changes |= {"image": self._file("image", "--image"), "latents_in": self._file("latents", "--latents-in")}
         if request.model is None:
             changes["model"] = self.find_model()
+        if request.aspect is not None:
+            changes = {name: value for name, value in changes.items() if name not in ("width", "height")}
+        elif {"width", "height"} <= set(changes):
+            # The picture was drawn at this size: whoever did has said that it may be.
+            changes["force_size"] = True
         if not request.prompt and self.recipe.get("prompt") == "":
             changes["allow_empty"] = True
         return replace(request, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from edgedit.errors import InputError
 
 __all__ = [
     "Request",
+    "parse_aspect",
     "parse_interval",
     "parse_seeds",
     "parse_sigmas",
@@ -37,6 +39,10 @@ class Request:
     steps: int | None = None
     width: int | None = None
     height: int | None = None
+    aspect: tuple[float, float] | None = None
+    force_size: bool = False
+    denoise_tile: int | None = None
+    denoise_overlap: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
@@ -74,6 +80,8 @@ class Request:
             raise InputError('there is no prompt; say what to draw, as in: edgedit generate "a red circle"')
         if not self.prompt.strip() and not self.allow_empty:
             raise InputError("the prompt is empty; say what to draw, or pass --allow-empty to draw without one")
+        if self.aspect is not None and (self.width is not None or self.height is not None):
+            raise InputError("give either --aspect or a size, not both")
         if self.steps is not None and self.sigmas is not None:
             raise InputError("--sigmas sets the steps itself; leave --steps out")
         if self.image is not None and self.latents_in is not None:
@@ -125,6 +133,20 @@ def parse_size(size: str | None, width: int | None, height: int | None) -> tuple
     if not cross or not columns.strip().isdecimal() or not rows.strip().isdecimal():
         raise InputError(f"--size {size!r} is not WIDTHxHEIGHT; write it like 512x512")
     return int(columns), int(rows)
+
+
+def parse_aspect(text: str | None) -> tuple[float, float] | None:
+    """(width, height) in any unit from "16:9"."""
+    if text is None:
+        return None
+    width, colon, height = text.partition(":")
+    try:
+        found = float(width), float(height)
+    except ValueError:
+        found = (0.0, 0.0)
+    if not colon or not all(0 < side < math.inf for side in found):
+        raise InputError(f"--aspect {text!r} is not WIDTH:HEIGHT; write it like 16:9")
+    return found
 
 
 def parse_sigmas(text: str | None) -> tuple[float, ...] | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import onnx_ir as ir
 
@@ -14,7 +13,10 @@ from edgedit.converters.tiling.positions import Kind, Layout
 
 __all__ = ["Cost", "cost_of"]
 
-#: Operators whose output ONNX Runtime writes over an input that is not needed any more.
+#: Operators that ONNX Runtime does within the convolution before.
+_FUSED = frozenset(["Add", "Relu"])
+#: Operators that write over an input that is not needed any more, where its shape is known to be that of the output: up
+#: to the first convolution or resampling, behind which sizes that vary have no names.
 _IN_PLACE = frozenset("Add Clip Div Gelu Mul Neg Relu Sigmoid Sqrt Sub Tanh".split())
 #: Operators whose output is their input's memory under another shape.
 _ALIASES = frozenset("Identity Reshape Squeeze Unsqueeze".split())
@@ -55,7 +57,11 @@ def cost_of(
             if users[root] == 0:
                 current -= size[root]
 
+    named = {v for node in nodes for v in node.inputs if v is not None} - {v for n in nodes for v in n.outputs}
     for i, node in enumerate(nodes):
+        placed = [v for v in node.inputs if v is not None and share(v)]
+        if node.op_type in _IN_PLACE and any(v in named for v in placed):
+            named.update(node.outputs)
         flops += _flops(node, share)
         dying = [v for v in dict.fromkeys(node.inputs) if v is not None and last.get(v) == i]
         extra = 0.0
@@ -74,7 +80,10 @@ def cost_of(
                 made[value] = owner[node.inputs[0]]
             elif node.op_type in _ALIASES:
                 continue
-            elif node.op_type in _IN_PLACE and reuse is not None:
+            elif reuse is not None and (
+                (node.op_type in _FUSED and len(placed) == len(node.inputs))
+                or (node.op_type in _IN_PLACE and value in named)
+            ):
                 made[value] = owner[reuse]
             else:
                 made[value] = value
@@ -93,20 +102,19 @@ def cost_of(
     return Cost(flops, peak)
 
 
-def _flops(node: ir.Node, count: Callable[[Any], float]) -> float:
-    out = count(node.outputs[0])
+def _flops(node: ir.Node, share: Callable[[ir.Value], float]) -> float:
+    out = share(node.outputs[0])
     if node.op_type == "Conv":
         weight = node.inputs[1]
         shape = _shape(weight)
         return 2.0 * out * math.prod(shape[1:])
     if node.op_type == "MatMul":
-        right = _shape(node.inputs[1])
-        left_positions = count(node.inputs[0])
+        right, left = _shape(node.inputs[1]), node.inputs[0]
         if out and right:
             return 2.0 * out * (right[-2] if len(right) > 1 else 1)
         # A contraction over positions: every element of one side meets a column of the other.
         shape = _shape(node.outputs[0])
-        return 2.0 * left_positions * (shape[-1] if shape else 1)
+        return 2.0 * (0.0 if left is None else share(left)) * (shape[-1] if shape else 1)
     return out
 
 

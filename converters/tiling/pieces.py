@@ -98,8 +98,8 @@ def attend_model(node: ir.Node, channels: int) -> ir.Model:
     op = GraphBuilder(graph).op
 
     def split(x: ir.Value, perm: list[int]) -> ir.Value:
-        moved: ir.Value = op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, heads, width])), perm=perm)
-        return moved
+        made: ir.Value = op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, heads, width])), perm=perm)
+        return made
 
     scores = op.MatMul(op.Mul(split(queries, [0, 2, 1, 3]), float(scale)), split(keys, [0, 2, 3, 1]))
     last = op.Constant(value_ints=[-1])

@@ -93,9 +93,10 @@ def _shapes(model: ir.Model, height: int, width: int) -> dict[ir.Value, list[int
     found = {}
     values = [v for node in model.graph for v in node.outputs if v.uses() or v.is_graph_output()]
     for value in [*model.graph.inputs, *values]:
-        if value.shape is None or any(not isinstance(dim, int) for dim in value.shape):
+        sizes = [dim for dim in value.shape or () if isinstance(dim, int)]
+        if value.shape is None or len(sizes) != len(value.shape):
             raise ConversionError(f"{value.name}: its shape at {height}×{width} cannot be inferred")
-        found[value] = [int(dim) for dim in value.shape.numpy()]
+        found[value] = sizes
     picture.shape = kept_input
     for value, shape in zip(model.graph.outputs, kept_outputs, strict=True):
         value.shape = shape

@@ -26,6 +26,8 @@ Floats = npt.NDArray[np.float32]
 MODES = ("auto", "off", "exact", "fast")
 #: Share of the free memory that is used when the user names no limit.
 FREE_SHARE = 0.8
+#: Share of a limit that is planned for: plans are a few percent off.
+SAFE_SHARE = 0.95
 #: Scratch files take at most this much, and half of what is free on their disk.
 LARGEST_SCRATCH = 24 << 30
 
@@ -79,7 +81,7 @@ def choose(
     free = available_memory()
     room = float("inf") if free is None else FREE_SHARE * free
     if asked is not None:
-        room = asked - held
+        room = SAFE_SHARE * asked - held
     if pieces is None:
         needs_tiles = tiling.mode in ("exact", "fast") or tiling.tile_size or tiling.tile_overlap or asked is not None
         if needs_tiles:
@@ -93,7 +95,8 @@ def choose(
     if tiling.mode == "off" or (tiling.mode == "auto" and not explicit and whole <= room):
         if asked is not None and whole > room:
             raise InputError(
-                f"{_size(asked)} do not suffice to run the {component} whole, which takes {_size(whole + held)}; "
+                f"{_size(asked)} do not suffice to run the {component} whole, which takes "
+                f"{_size((whole + held) / SAFE_SHARE)}; "
                 "choose tiling auto or allow more"
             )
         return pieces, None
@@ -178,7 +181,7 @@ def _refusal(pieces: Pieces, extent: Extent, mode: str, budget: Budget, tiling: 
         middle = (low + high) / 2
         fits = make_schedule(pieces, extent, mode, Budget(middle, budget.scratch, budget.tile, budget.overlap))
         low, high = (low, middle) if fits else (middle, high)
-    least = held + high
+    least = (held + high) / SAFE_SHARE
     given = "the free memory does" if tiling.max_memory is None else f"{_size(parse_memory(tiling.max_memory))} do"
     return InputError(
         f"{given} not suffice for this picture; it needs at least {_size(-(-least // 1e7) * 1e7)}"

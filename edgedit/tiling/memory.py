@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgedit.tiling.pieces import Attend, Local, Pieces, Sums
+from edgedit.tiling.program import Pass
 from edgedit.tiling.regions import Extent, Region, needs
-from edgedit.tiling.run import KEYS_AT_ONCE, Pass
+from edgedit.tiling.run import KEYS_AT_ONCE
 
 __all__ = ["FIXED", "WEIGHTS_COPIES", "PassCost", "pass_cost", "weights_of", "whole_peak"]
 
 FLOAT = 4
 #: Bytes that a runtime takes besides weights and maps.
-FIXED = 48 << 20
-#: Copies of its weights that an open session holds: ONNX Runtime packs those of convolutions for its kernels.
-WEIGHTS_COPIES = 1.0
-#: Workspace of a session against the sum of its live values: convolutions reorder what they read and write.
-SESSION_FACTOR = 1.0
+FIXED = 24 << 20
+#: Bytes that an open session holds for each of its weights, packed for the kernels.
+WEIGHTS_COPIES = 1.1
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,10 @@ def pass_cost(pieces: Pieces, step: Pass, extent: Extent, keys: int) -> PassCost
                     del held[name]
         work, operations = _stage(pieces, stage, region, keys)
         flops += operations
-        peak = max(peak, sum(held.values()) + fed + work)
+        ratio = float(pieces.values[stage.outputs[0]].scale / pieces.values[stage.inputs[0]].scale) ** 2
+        made = sum(pieces.values[name].channels for name in stage.outputs) * region.area * ratio * FLOAT
+        # What a session returns is copied out of it.
+        peak = max(peak, sum(held.values()) + fed + max(work, 2 * made))
         for name in stage.outputs:
             if name in plan.values:
                 held[name] = _bytes(pieces, name, plan.values[name])
@@ -79,18 +81,13 @@ def whole_peak(pieces: Pieces, height: int, width: int) -> float:
     """Bytes that the component takes when it runs in one on an input of height × width."""
     channels = pieces.values[pieces.input].channels
     area = height * width
-    return (
-        FIXED
-        + WEIGHTS_COPIES * pieces.whole.weights
-        + SESSION_FACTOR * pieces.whole.workspace * area
-        + channels * area * FLOAT
-    )
+    return FIXED + WEIGHTS_COPIES * pieces.whole.weights + pieces.whole.workspace * area + channels * area * FLOAT
 
 
 def _stage(pieces: Pieces, stage: Local | Attend, region: Region, keys: int) -> tuple[float, float]:
     """(bytes, operations) of one stage on one tile."""
     if isinstance(stage, Local):
-        return SESSION_FACTOR * stage.workspace * region.area, stage.flops * region.area
+        return stage.workspace * region.area, stage.flops * region.area
     # Scores and their exponentials of one block of keys, and old, new and scaled sums.
     channels = pieces.values[stage.queries].channels
     work = FLOAT * region.area * (2.0 * stage.heads * KEYS_AT_ONCE + 5.0 * channels)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgedit.errors import EdgeditError
 from edgedit.tiling.moments import GroupMoments
-from edgedit.tiling.pieces import Gather, Local, Moments, Pieces, Reduction, Stage, Sums
+from edgedit.tiling.pieces import Local, Moments, Pieces, Reduction, Stage, Sums
+from edgedit.tiling.program import Pass, Program
 from edgedit.tiling.regions import Extent, Region, needs, tiles
 from edgedit.tiling.stores import BLOCK, FileMap, Map, MemoryMap, SubsampledMap, Tokens
+from edgedit.tiling.totals import Band, GatherTotal, MomentsTotal, OnRows, PieceSession, SumsTotal
 
-__all__ = ["KEYS_AT_ONCE", "Pass", "PieceSession", "Program", "TileRunner", "TilesStoppedError"]
+__all__ = ["KEYS_AT_ONCE", "TileRunner", "TilesStoppedError"]
 
 Floats = npt.NDArray[np.float32]
-#: Called with the first row and a band of rows [1, C, rows, width] of the result, from the top to the bottom.
-OnRows = Callable[[int, Floats], None]
 #: Called with (tiles done, tiles in all); returning False stops the run.
 OnTile = Callable[[int, int], bool | None]
 
@@ -30,53 +28,6 @@ KEYS_AT_ONCE = 1024
 
 class TilesStoppedError(EdgeditError):
     """The callback asked to stop between two tiles."""
-
-
-class PieceSession(Protocol):
-    """One piece, open in a backend."""
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Evaluate the piece."""
-        ...
-
-    def close(self) -> None:
-        """Free its weights."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pass:
-    """All tiles once, from boundary `start` to boundary `stop`.
-
-    Attributes:
-        tile: side of a tile in pixels of the maps at `stop`.
-        keep: whether what goes on at `stop` is kept (or, at the end, is the result).
-        reduce: whether the reductions at `stop` are computed; False where they are known already.
-        in_file: whether kept maps go to scratch files.
-    """
-
-    start: int
-    stop: int
-    tile: int
-    keep: bool
-    reduce: bool = True
-    in_file: bool = False
-
-
-@dataclass(frozen=True)
-class Program:
-    """What to run: `passes`, and before pass number `coarse_at` the passes `coarse` for moments that later ones use.
-
-    The coarse passes run on every `steps[i]`-th pixel of the maps that are kept then. An error of such moments grows
-    with step - 1, since edges weigh more the coarser the map is; so moments of several steps are extrapolated to step 1
-    by `weights` (Richardson's deferred approach to the limit).
-    """
-
-    passes: tuple[Pass, ...]
-    coarse: tuple[Pass, ...] = ()
-    coarse_at: int = 0
-    steps: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
 
 
 class TileRunner:
@@ -185,7 +136,7 @@ class TileRunner:
                 wanted.append(name)
         wanted = list(dict.fromkeys(wanted))
         totals = [self._begin(part, step) for part in reductions]
-        band = _Band(pieces.values[pieces.output].channels, whole.width, on_rows) if step.keep and last else None
+        band = Band(pieces.values[pieces.output].channels, whole.width, on_rows) if step.keep and last else None
         try:
             for core in tiles(whole, step.tile):
                 values = self._tile(step, wanted, core, kept, extent)
@@ -202,9 +153,9 @@ class TileRunner:
                 store.close()
             raise
         for total in totals:
-            if isinstance(total, _MomentsTotal):
+            if isinstance(total, MomentsTotal):
                 self._know_moments(total.part, total.moments)
-            elif isinstance(total, _SumsTotal):
+            elif isinstance(total, SumsTotal):
                 self._sums.update(total.result())
         self._close({graph for other in following for graph in self._graphs(other)})
         if not step.keep:
@@ -298,75 +249,14 @@ class TileRunner:
         for graph in [g for g in self._sessions if g not in needed]:
             self._sessions.pop(graph).close()
 
-    def _begin(self, part: Reduction, step: Pass) -> _MomentsTotal | _SumsTotal | _GatherTotal:
+    def _begin(self, part: Reduction, step: Pass) -> MomentsTotal | SumsTotal | GatherTotal:
         if isinstance(part, Moments):
-            return _MomentsTotal(part, GroupMoments(part.groups))
+            return MomentsTotal(part, GroupMoments(part.groups))
         if isinstance(part, Sums):
-            return _SumsTotal(part, self._session(part.graph))
+            return SumsTotal(part, self._session(part.graph))
         folder = self._scratch if step.in_file else None
         for old in self._gathered.pop(part.name, ()):
             old.close()
         made = [Tokens(self._pieces.values[name].channels, folder) for name in (part.keys, part.values)]
         self._gathered[part.name] = (made[0], made[1])
-        return _GatherTotal(part, made[0], made[1])
-
-
-@dataclass
-class _MomentsTotal:
-    part: Moments
-    moments: GroupMoments
-
-    def add(self, values: Mapping[str, Floats]) -> None:
-        self.moments.add(values[self.part.of])
-
-
-@dataclass
-class _SumsTotal:
-    part: Sums
-    session: PieceSession
-    totals: dict[str, npt.NDArray[np.float64]] | None = None
-
-    def add(self, values: Mapping[str, Floats]) -> None:
-        found = self.session.run({name: values[name] for name in self.part.inputs})
-        if self.totals is None:
-            self.totals = {name: found[name].astype(np.float64) for name in self.part.outputs}
-        else:
-            for name in self.part.outputs:
-                self.totals[name] += found[name]
-
-    def result(self) -> dict[str, Floats]:
-        """The sums, by the names of the graph inputs that take them."""
-        assert self.totals is not None
-        return {name: total.astype(np.float32) for name, total in self.totals.items()}
-
-
-@dataclass
-class _GatherTotal:
-    part: Gather
-    keys: Tokens
-    values: Tokens
-
-    def add(self, values: Mapping[str, Floats]) -> None:
-        self.keys.append(values[self.part.keys])
-        self.values.append(values[self.part.values])
-
-
-class _Band:
-    """Collects the tiles of one band of rows and hands it over when it is complete."""
-
-    def __init__(self, channels: int, width: int, on_rows: OnRows | None) -> None:
-        self._channels, self._width, self._on_rows = channels, width, on_rows
-        self._rows: Floats | None = None
-
-    def add(self, core: Region, values: Floats) -> None:
-        if self._on_rows is None:
-            return
-        if core.width == self._width:
-            self._on_rows(core.top, values)
-            return
-        if self._rows is None:
-            self._rows = np.empty((1, self._channels, core.height, self._width), np.float32)
-        self._rows[:, :, :, core.left : core.right] = values
-        if core.right == self._width:
-            rows, self._rows = self._rows, None
-            self._on_rows(core.top, rows)
+        return GatherTotal(part, made[0], made[1])

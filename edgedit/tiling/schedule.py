@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from edgedit.tiling.memory import FIXED, PassCost, pass_cost, weights_of
 from edgedit.tiling.pieces import Attend, Gather, Local, Moments, Pieces
+from edgedit.tiling.program import Pass, Program
 from edgedit.tiling.regions import Extent, needs, tiles
-from edgedit.tiling.run import Pass, Program
 
 __all__ = ["Budget", "Schedule", "make_schedule"]
 
@@ -23,6 +23,8 @@ KEPT_SHARE = 0.3
 COARSE_STEPS, COARSE_WEIGHTS = (2, 4), (1.5, -0.5)
 #: A coarse map with a shorter side tells nothing of the whole.
 SMALLEST_COARSE = 16
+#: Norms whose moments may be coarse.
+MOST_COARSE = 3
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,20 @@ def make_schedule(pieces: Pieces, extent: Extent, mode: str, budget: Budget) -> 
 
 
 def _fast(search: _Search, boundary: int) -> Schedule | None:
-    """Exact up to `boundary`, coarse moments beyond; None where that cannot be."""
+    """Exact up to `boundary`, coarse moments beyond; None where that cannot be, or would not come close.
+
+    Every norm adds to the error. On random decoders of four levels at 512×512, 1 to 4 norms behind the map came to 55,
+    51, 53 and 50 dB, and a map of less than the finest scale to as little as 33.
+    """
     pieces, extent, budget = search.pieces, search.extent, search.budget
     beyond = {b: parts for b, parts in pieces.reductions.items() if b > boundary}
     if not beyond or any(not isinstance(part, Moments) for parts in beyond.values() for part in parts):
         return None
+    if sum(map(len, beyond.values())) > MOST_COARSE:
+        return None
     scale = pieces.scale_at(boundary)
     whole = extent.at(scale)
-    if min(whole.height, whole.width) // max(COARSE_STEPS) < SMALLEST_COARSE:
+    if min(whole.height, whole.width) // max(COARSE_STEPS) < SMALLEST_COARSE or scale < search.finest:
         return None
     head = search.path(0, boundary, final=False)
     tail = search.path(boundary, len(pieces.stages), final=True, reduce=False)

@@ -79,8 +79,7 @@ class FileMap:
         buffer = np.empty((self._channels, self._block, self._block), np.float32)
         for row, column, part in self._parts(region):
             self._file.seek((row * self._across + column) * self._bytes)
-            if self._file.readinto(memoryview(buffer.data).cast("B")) != self._bytes:  # type: ignore[attr-defined]
-                raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+            _read(self._file, buffer)
             square = Region(
                 row * self._block, (row + 1) * self._block, column * self._block, (column + 1) * self._block
             )
@@ -163,8 +162,7 @@ class Tokens:
         for start in range(0, self.count, size):
             block = np.empty((1, min(size, self.count - start), self._channels), np.float32)
             self._file.seek(start * self._channels * 4)
-            if self._file.readinto(memoryview(block.data).cast("B")) != block.nbytes:  # type: ignore[attr-defined]
-                raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+            _read(self._file, block)
             yield block
 
     def close(self) -> None:
@@ -184,8 +182,14 @@ def _scratch(folder: Path) -> IO[bytes]:
         ) from error
 
 
+def _read(file: IO[bytes], into: Floats) -> None:
+    data = into.reshape(-1).view(np.uint8).data
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise InputError("the scratch file of the tiles is shorter than it was written; check the disk")
+
+
 def _write(file: IO[bytes], place: int, values: Floats) -> None:
-    data = memoryview(values.data).cast("B")
+    data = values.reshape(-1).view(np.uint8).data
     try:
         file.seek(place)
         done = 0

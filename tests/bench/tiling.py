@@ -2,15 +2,21 @@
 
     python tests/bench/tiling.py quality --kind kl --side 512 --heat-map heat.png
     python tests/bench/tiling.py memory --kind sdxl --width 1024 --heights 2048 8192 32768 --max-memory 2G
+    python tests/bench/tiling.py memory --kind dcae --width 16384 --heights 2048 --max-memory 3G
     python tests/bench/tiling.py time --kind sdxl --side 1024
+    python tests/bench/tiling.py end-to-end --side 4096 --steps 2 --max-memory 8G
 
-Kinds: scenes (the embedded model's decoder), kl, dc, tiny (small, random), sdxl, dcae, taesd (real sizes, random).
+Kinds: scenes (the embedded model's decoder), kl, kl3, kl2, dc, tiny (small, random), sdxl, dcae, taesd (real sizes,
+random).
+`end-to-end` draws with SANA-0.6B's transformer and the DC-AE, random, behind a tiny text encoder, in 4096-pixel
+settings whatever the side; it needs 10 GB of disk.
 Everything is decoded in a child process of its own, so that a peak is that of one decode.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +30,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+KL_WIDTHS = {"kl": (32, 64, 64, 64), "kl3": (64, 64, 32), "kl2": (32, 64), "sdxl": (128, 256, 512, 512)}
 LEVELS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
 
 
@@ -35,12 +42,12 @@ def make(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "scenes":
         return diffusers.AutoencoderKL.from_pretrained(ROOT / "models" / "scenes" / "vae")
-    if kind in ("kl", "sdxl"):
-        widths = (32, 64, 64, 64) if kind == "kl" else (128, 256, 512, 512)
+    if kind in KL_WIDTHS:
+        widths = KL_WIDTHS[kind]
         return diffusers.AutoencoderKL(
             block_out_channels=widths,
-            down_block_types=LEVELS[:1] * 4,
-            up_block_types=LEVELS[1:] * 4,
+            down_block_types=LEVELS[:1] * len(widths),
+            up_block_types=LEVELS[1:] * len(widths),
             layers_per_block=2,
             latent_channels=4,
             sample_size=256,
@@ -239,14 +246,82 @@ def timing(options: argparse.Namespace, folder: Path) -> None:
         print(f"{mode} ({found['mode']}): {found['seconds']:.1f} s, {found['seconds'] / whole:.2f} times the whole")
 
 
+def prepare_sana(folder: Path, *, tiny: bool) -> Path:
+    """A bundle with SANA-0.6B's 4K transformer and the DC-AE in `folder`; `tiny` ones to try the script."""
+    import diffusers
+    import torch
+    from tiny_pipelines import DPM_FLOW, build_pipeline
+
+    import edgedit
+
+    name = "sana-tiny" if tiny else "sana"
+    bundle = folder / f"{name}.edgedit"
+    if bundle.exists():
+        return bundle
+    pipeline = build_pipeline("sana", 0)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(**{**DPM_FLOW, "flow_shift": 6.0})
+    torch.manual_seed(0)
+    if not tiny:
+        pipeline.vae = make("dcae")
+        pipeline.transformer = diffusers.SanaTransformer2DModel(
+            num_attention_heads=36,
+            num_layers=28,
+            num_cross_attention_heads=16,
+            cross_attention_head_dim=72,
+            cross_attention_dim=1152,
+            caption_channels=pipeline.text_encoder.config.hidden_size,
+            sample_size=128,
+            interpolation_scale=2.0,
+        )
+    pipeline.save_pretrained(folder / name)
+    edgedit.convert(folder / name, bundle, components=["text_encoder", "transformer", "decoder"], measure=False)
+    return bundle
+
+
+def draw_child(bundle: Path, side: int, steps: int, memory: str | None) -> None:
+    """Draw one picture into a PNG band by band; print seconds and the process's peak after every stage as JSON."""
+    import edgedit
+    from edgedit.device import peak_memory
+    from edgedit.png_rows import png_rows
+    from edgedit.tiling.component import Tiling
+
+    stages: list[tuple[str, float, int]] = []
+    started = time.perf_counter()
+
+    def note(name: str) -> None:
+        stages.append((name, time.perf_counter() - started, peak_memory() or 0))
+
+    with edgedit.load(bundle, low_ram=True, use_cache=False, on_stage=note) as pipe:
+        drawn = pipe.generate("a red cat", seed=0, steps=steps, width=side, height=side, decode=False)
+        with tempfile.TemporaryDirectory() as place, png_rows(Path(place) / "a.png", side, side, None) as rows:
+            pipe.decode_rows(drawn.latents, rows, Tiling(max_memory=memory))
+    note("end")
+    print(json.dumps(stages))
+
+
+def end_to_end(options: argparse.Namespace, folder: Path) -> None:
+    bundle = prepare_sana(folder, tiny=options.tiny)
+    arguments = [str(bundle), str(options.side), str(options.steps), options.max_memory or ""]
+    done = subprocess.run([sys.executable, __file__, "draw", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
+    stages = json.loads(done.stdout.splitlines()[-1])
+    print("| stage | s | peak GB at its end |\n|---|---|---|")
+    for (name, begun, _), (_, ended, peak) in itertools.pairwise(stages):
+        print(f"| {name} | {ended - begun:.1f} | {peak / 1e9:.2f} |")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["draw"]:
+        draw_child(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] or None)
+        return
     if sys.argv[1:2] == ["child"]:
         _, _, bundle, height, width, mode, options = sys.argv
         asked = json.loads(options)
         child(Path(bundle), int(height), int(width), mode, asked.get("tile"), asked.get("memory"), asked.get("out", ""))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "memory", "time"])
+    parser.add_argument("what", choices=["quality", "memory", "time", "end-to-end"])
     parser.add_argument("--kind", default="kl")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--width", type=int, default=1024)
@@ -255,12 +330,14 @@ def main() -> None:
     parser.add_argument("--mode", default="exact")
     parser.add_argument("--max-memory")
     parser.add_argument("--heat-map")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="end-to-end with tiny networks, to try the script")
     parser.add_argument("--folder", type=Path, help="where bundles are kept between runs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        {"quality": quality, "memory": memory, "time": timing}[options.what](options, folder)
+        {"quality": quality, "memory": memory, "time": timing, "end-to-end": end_to_end}[options.what](options, folder)
 
 
 if __name__ == "__main__":

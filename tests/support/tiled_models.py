@@ -15,7 +15,8 @@ import edgedit
 from edgedit.bundle import Bundle, open_bundle
 from edgedit.runtimes.base import RuntimeOptions, open_runtime
 from edgedit.tiling.pieces import Pieces, read_pieces
-from edgedit.tiling.run import Pass, Program, TileRunner
+from edgedit.tiling.program import Pass, Program
+from edgedit.tiling.run import TileRunner
 
 KINDS = ("kl", "kl-attention", "dc", "dc-shuffle", "tiny", "tiny-bicubic")
 

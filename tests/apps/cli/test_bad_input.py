@@ -61,7 +61,7 @@ GENERATE: list[tuple[list[str], str]] = [
     (["a cat", "--latents-in", "missing.npy"], "missing.npy: the latents cannot be read"),
     (["a cat", "--latents-in", "binary.txt"], "not a whole NumPy file"),
     (["a cat", "--latents-in", "whole.npy"], "no floating-point array"),
-    (["a cat", "--latents-in", "noise.npy", "-W", "32"], "as 32x16 needs"),
+    (["a cat", "--latents-in", "noise.npy", "-W", "32", "--force-size"], "as 32x16 needs"),
     (["a cat", "--latents-in", "noise.npy", "-b", "2"], "makes one picture"),
     (["a cat", "--latents-out", "a.txt"], "saved as .npy"),
     (["a cat", "--latents-out", "no/a.npy"], "does not exist"),

@@ -36,8 +36,9 @@ def test_the_picture_is_what_the_python_api_draws_with_the_same_settings(draw: R
         "steps": random.randrange(1, 5),
     }
     done = draw(
-        "a red cat", "-s", seed, "--size", f"{width}x{height}", "-n", settings["negative_prompt"], "--cfg",
-        settings["guidance_scale"], "--sampler", settings["sampler"], "--rng", settings["rng"], "-o", "cat.png",
+        "a red cat", "-s", seed, "--size", f"{width}x{height}", "--force-size", "-n", settings["negative_prompt"],
+        "--cfg", settings["guidance_scale"], "--sampler", settings["sampler"], "--rng", settings["rng"],
+        "-o", "cat.png",
         steps=settings["steps"],
     )  # fmt: skip
     assert (done.status, done.out) == (0, "cat.png\n"), done.err
@@ -156,7 +157,7 @@ def test_the_preview_is_there_after_every_step_and_has_the_picture_s_size(
         return answer
 
     monkeypatch.setattr(drawing.Run, "step", step)
-    done = draw("a cat", "--size", "24x32", "--preview", "preview.png", "-o", "a.png", steps=5)
+    done = draw("a cat", "--size", "24x32", "--force-size", "--preview", "preview.png", "-o", "a.png", steps=5)
     assert done.status == 0, done.err
     assert [size for size, _ in seen] == [(24, 32)] * 5
     assert len({data for _, data in seen}) > 1
@@ -216,11 +217,34 @@ def test_words_that_the_model_does_not_know_are_named(draw: Run) -> None:
     assert "does not know these words of the negative prompt: ugly" in done.err
 
 
-def test_a_size_that_the_model_was_not_trained_for_is_drawn_with_a_warning(draw: Run) -> None:
-    done = draw("a cat", "-W", 32, "-H", 20, "-o", "a.png")
-    assert "not trained for 32x20 pixels; nearest trained: 16x16" in done.err
+def test_a_size_that_the_model_was_not_made_for_is_drawn_only_when_told_to(draw: Run) -> None:
+    refused = draw("a cat", "-W", 32, "-H", 20, "-o", "a.png")
+    assert refused.status == 2
+    assert "not made for 32x20 pixels; take one of 16x16, or draw it anyway with --force-size" in refused.err
+    assert not Path("a.png").exists()
+    assert draw("a cat", "-W", 32, "-H", 20, "--force-size", "-o", "a.png").status == 0
     assert pixels("a.png").shape == (20, 32, 3)
-    assert "not trained" not in draw("a cat", "-o", "a.png").err
+    # Whoever drew a picture at a size has said that it may be.
+    assert draw("-C", "a.png", "-o", "b.png").status == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_an_aspect_ratio_chooses_among_the_models_sizes(draw: Run) -> None:
+    assert draw("a cat", "--aspect", "16:9", "-o", "a.png").status == 0
+    assert pixels("a.png").shape == (16, 16, 3)
+    assert "write it like 16:9" in draw("a cat", "--aspect", "wide").err
+    assert "either --aspect or a size" in draw("a cat", "--aspect", "1:1", "-W", 16).err
+
+
+def test_windows_of_a_size_that_the_model_was_made_for_draw_any_larger_picture(draw: Run) -> None:
+    done = draw("a cat", "-s", 1, "--size", "40x16", "--denoise-tile", 16, "-o", "a.png")
+    assert done.status == 0, done.err
+    assert pixels("a.png").shape == (16, 40, 3)
+    assert (read_recipe("a.png")["denoise_tile"], read_recipe("a.png")["denoise_overlap"]) == (16, 8)
+    assert draw("-C", "a.png", "-o", "b.png").status == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    wrong = draw("a cat", "--size", "40x16", "--denoise-tile", 32)
+    assert "not made for windows of 32x16 pixels" in wrong.err
 
 
 def test_the_machine_s_flags_change_nothing_in_the_picture(draw: Run, tmp_path: Path) -> None:
@@ -249,7 +273,7 @@ def test_a_model_is_found_by_name_in_the_current_folder_and_in_edgedit_models(
 def test_a_run_that_dies_while_decoding_is_finished_byte_for_byte(
     cli: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["a red cat", "-m", bundle, "-s", 3, "--steps", 2, "-W", 48, "-H", 64]
+    flags = ["a red cat", "-m", bundle, "-s", 3, "--steps", 2, "-W", 48, "-H", 64, "--force-size"]
     assert cli("generate", *flags, "-o", "whole.png").status == 0
     whole = Path("whole.png").read_bytes()
     assert not list(Path().glob("*.npz"))

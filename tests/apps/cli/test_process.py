@@ -23,6 +23,9 @@ from edgedit.metadata import read_recipe
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
+#: A picture that takes a minute or so.
+LONG = ("generate", "a cat", "-s", 1, "--steps", 1000, "--size", "64x64", "--force-size", "-t", 1)
+
 
 def hidden(folder: Path) -> list[Path]:
     """Files that an atomic write has not finished."""
@@ -105,7 +108,7 @@ def test_the_first_ctrl_c_stops_after_a_step_and_keeps_the_finished_pictures(sta
 
 
 def test_the_first_ctrl_c_does_not_wait_for_the_picture(start: Start, bundle: Path) -> None:
-    process = start("generate", "a cat", "-m", bundle, "-s", 1, "--steps", 1000, "--size", "64x64", "-t", 1)
+    process = start(*LONG, "-m", bundle)
     interrupt_after(process, process.stderr, "denoise")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -114,7 +117,7 @@ def test_the_first_ctrl_c_does_not_wait_for_the_picture(start: Start, bundle: Pa
 
 
 def test_the_second_ctrl_c_stops_at_once_and_leaves_nothing_half_written(start: Start, bundle: Path) -> None:
-    process = start("generate", "a cat", "-m", bundle, "-s", 1, "--steps", 1000, "--size", "64x64", "-t", 1)
+    process = start(*LONG, "-m", bundle)
     interrupt_after(process, process.stderr, "denoise", times=2)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

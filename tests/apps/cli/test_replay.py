@@ -19,7 +19,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def picture(draw: Run) -> Path:
-    flags = ["-n", "a dog", "--sampler", "euler", "--cfg", 3, "--rng", "torch", "-W", 20]
+    flags = ["-n", "a dog", "--sampler", "euler", "--cfg", 3, "--rng", "torch", "-W", 20, "--force-size"]
     flags += ["--guidance-interval", "0:0.9"]
     assert draw("a red cat", "-s", 77, *flags, "-o", "first.png", steps=3).status == 0
     return Path("first.png")
@@ -38,7 +38,7 @@ def test_a_flag_replaces_its_part_of_the_recipe_and_nothing_else(draw: Run, pict
         (["a blue dog"], {"prompt": "a blue dog"}),
         (["-s", 5], {"seed": 5}),
         (["--steps", 2], {"steps": 2}),
-        (["-H", 24], {"height": 24}),
+        (["-H", 24, "--force-size"], {"height": 24}),
         (["--sampler", "dpmpp_2m"], {"sampler": "dpmpp_2m"}),
         (["--guidance-interval", ":0.5"], {"guidance_interval": [0.0, 0.5]}),
         (["-n", ""], {"negative_prompt": ""}),

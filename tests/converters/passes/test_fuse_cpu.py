@@ -46,3 +46,26 @@ def test_attention_that_the_kernel_cannot_do_is_left_alone(attributes: dict[str,
     model = ir.from_proto(attention_model(**{"q_num_heads": 4, "kv_num_heads": 4, **attributes}))
     assert not FuseForCpu()(model).modified
     assert [node.op_type for node in model.graph] == ["Attention"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_group_norm_of_a_large_map_is_as_exact_as_its_elements(tmp_path: Path, batch: int) -> None:
+    """One float32 sum over a million elements, as the operator's own function takes it, is wrong in the fifth digit."""
+    groups, width = random.randint(1, 3), random.randint(1, 3)
+    channels, side = groups * width, 700
+    values = {n: onnx.numpy_helper.from_array(np.random.randn(channels).astype(np.float32), n) for n in ("w", "b")}
+    maps = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", channels, "h", "v"]) for n in "xy"]
+    node = onnx.helper.make_node("GroupNormalization", ["x", "w", "b"], ["y"], num_groups=groups, epsilon=1e-6)
+    graph = onnx.helper.make_graph([node], "g", maps[:1], maps[1:], list(values.values()))
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    model = ir.from_proto(proto)
+    fuse = FuseForCpu()
+    assert fuse(model).modified
+    assert fuse.changes["GroupNormalization"] == 1
+    ir.save(model, tmp_path / "staged.onnx")
+    x = 3 + torch.randn(batch, channels, side, side - 31)
+    weights = [torch.from_numpy(onnx.numpy_helper.to_array(values[n]).copy()).double() for n in ("w", "b")]
+    wanted = torch.nn.functional.group_norm(x.double(), groups, *weights, eps=1e-6).numpy()
+    session = ort.InferenceSession(str(tmp_path / "staged.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max(), (groups, width)

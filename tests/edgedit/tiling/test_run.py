@@ -10,7 +10,8 @@ from tiled_models import KINDS, TiledModel, exact_passes
 
 from edgedit.errors import InputError
 from edgedit.tiling.pieces import Moments
-from edgedit.tiling.run import Pass, Program, TilesStoppedError
+from edgedit.tiling.program import Pass, Program
+from edgedit.tiling.run import TilesStoppedError
 
 Get = Callable[[str], TiledModel]
 TOLERANCE = 2e-4
