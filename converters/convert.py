@@ -21,7 +21,9 @@ from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import Artefact, Section, Written, describe, guidance_of
 from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
 from edgedit.converters.mlx import MlxPlan, plan_mlx
-from edgedit.converters.passes.quantize import PRESETS
+from edgedit.converters.quantization.layers import find_layers
+from edgedit.converters.quantization.presets import recipe_of
+from edgedit.converters.quantization.record import Quantization, write_record
 from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
@@ -100,6 +102,7 @@ class _Job:
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     precisions: dict[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @property
     def section(self) -> Section:
@@ -140,9 +143,10 @@ def convert(
         source: a diffusers folder, one component's folder, a weights file, or a Hub id.
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
-        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8" or "w4" for weights in so
-            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well. Core ML and MLX take fp32 and
-            fp16; Core ML computes in float16 where it can, and MLX in a transformer.
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8", "w4", "w3" or "w2" for
+            weights in so many bits; "w8a8" or "w4a8" for int8 arithmetic in the transformer's blocks as well; or the
+            .toml file of a recipe. Core ML and MLX take fp32 and fp16; Core ML computes in float16 where it can, and
+            MLX in a transformer.
         sizes: (width, height) in pixels that fixed shapes are made for: packages of Core ML, by default of the model's
             own size, and functions of MLX (`.mlxfn`), by default none.
         coreml: how Core ML packages are made.
@@ -167,13 +171,12 @@ def convert(
     for target in to:
         if target not in TARGETS:
             raise ConversionError(f"unknown target {target!r}; choose from: {', '.join(TARGETS)}")
-    if dtype not in onnx_lowering.DTYPES:
-        raise ConversionError(f"unknown dtype {dtype!r}; choose from: {', '.join(onnx_lowering.DTYPES)}")
+    recipe = recipe_of(dtype, calibrated=False)
     if not to:
         raise ConversionError(f"no target given; choose from: {', '.join(TARGETS)}")
-    if "coreml" in to and dtype in PRESETS:
+    if "coreml" in to and recipe is not None:
         raise ConversionError(f"dtype {dtype} is for ONNX; for Core ML choose fp16 and quantized Core ML weights")
-    if "mlx" in to and dtype in PRESETS:
+    if "mlx" in to and recipe is not None:
         raise ConversionError(f"dtype {dtype} is for ONNX; for MLX choose fp16 and quantized MLX weights")
     if "coreml" not in to and coreml:
         raise ConversionError("Core ML options need the target coreml; add it to the targets")
@@ -188,7 +191,11 @@ def convert(
     tokenizer = _tokenizer(checkpoint, jobs)
     notes = [*checkpoint.notes]
     names = [job.name for job in jobs]
+    dtype = dtype if recipe is None else recipe.name
     options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
+    if recipe is not None:
+        for job in jobs:
+            job.quantization = Quantization(recipe, recipe.resolve(job.name, find_layers(job.model)))
     plan, mlx = None, None
     planned = {job.name: job.component for job in jobs}
     if "coreml" in to:
@@ -247,7 +254,11 @@ def _lower(
     for index, target in enumerate(dict.fromkeys(to)):
         model = job.model if index == 0 else _canonical(job.source, job.name)[1]
         if target == "onnx":
-            written = onnx_lowering.write(model, root, job.name, dtype=dtype, on_tensor=on_tensor)
+            if job.quantization is not None:
+                write_record(root, job.name, job.quantization, find_layers(model))
+            written = onnx_lowering.write(
+                model, root, job.name, dtype=dtype, quantization=job.quantization, on_tensor=on_tensor
+            )
             if job.name in TILED:
                 stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
                 written = write_pieces(root, job.name, written, stride)

@@ -30,7 +30,12 @@ def convert(
         typer.Option(metavar="A,B", help="Backends to convert for: onnx, coreml, mlx.", show_default="onnx"),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="Weights: fp32, fp16, w8, w4, or w8a8 (int8 arithmetic too).")
+        str,
+        typer.Option(
+            metavar="TYPE|RECIPE.toml",
+            help="Weights: fp32, fp16, w8, w4, w3, w2; w8a8 or w4a8 (int8 arithmetic too); mixed:30M or mixed:35dB "
+            "(a budget); or a recipe's file.",
+        ),
     ] = "fp32",
     size: Annotated[
         list[str] | None,

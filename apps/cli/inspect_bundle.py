@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgedit.apps.cli.inspect_quantization import print_quantization
 from edgedit.apps.cli.tables import count, decibels, megabytes, print_facts, print_line, print_table, small
 
 __all__ = ["bundle_document", "print_bundle"]
@@ -17,6 +18,7 @@ TEMPLATE_SHOWN = 80
 def bundle_document(path: Path) -> dict[str, Any]:
     """The manifest, with the folder, the model's hash and its size. Raises BundleError."""
     from edgedit.bundle import open_bundle
+    from edgedit.json_reader import parse_json
 
     bundle = open_bundle(path)
     packages = {}
@@ -25,6 +27,10 @@ def bundle_document(path: Path) -> dict[str, Any]:
             from edgedit.runtimes.mil_report import report
 
             packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
+    recipes = {}
+    for name in bundle.manifest.components:
+        if (record := f"quantization/{name}.json") in bundle.manifest.files:
+            recipes[name] = parse_json(bundle.file(record).read_bytes(), record).members()
     size = sum(entry.size for entry in bundle.manifest.files.values())
     return {
         "kind": "bundle",
@@ -33,6 +39,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "size": size,
         "manifest": bundle.manifest.raw,
         "coreml": packages,
+        "quantization": recipes,
     }
 
 
@@ -75,6 +82,8 @@ def print_bundle(document: Mapping[str, Any]) -> None:
     print_facts({key: value for key, value in _settings(manifest).items() if value})
     if document["coreml"]:
         _print_packages(document["coreml"], manifest["components"])
+    if document["quantization"]:
+        print_quantization(document["quantization"])
 
 
 def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) -> None:
