@@ -37,6 +37,13 @@ def convert(
             "(a budget); or a recipe's file.",
         ),
     ] = "fp32",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS.txt|self",
+            help="Draw these prompts first, to learn what each layer must keep; self takes eight of the model's own.",
+        ),
+    ] = None,
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,6 +129,7 @@ def convert(
             output,
             to=_names("--to", ",".join(to)) if to else ("onnx",),
             dtype=dtype,
+            calibration=calibration,
             sizes=[_size(text) for text in size] if size else None,
             coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
             mlx_weights=mlx_weights,

@@ -57,7 +57,8 @@ def write(
         keep = quantization.float32_layers
         QuantizeWeights(quantization.forms, quantization.encode)(model)
     if dtype != "fp32":
-        StoreHalf(keep={f"{name}.weight" for name in keep} | keep)(model)
+        own = {name for name in model.graph.initializers if name.startswith("quantization/")}
+        StoreHalf(keep={f"{name}.weight" for name in keep} | keep | own)(model)
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
     graph, data, fused = place / f"{component}.onnx", f"{component}.onnx.data", place / f"{component}.cpu.onnx"

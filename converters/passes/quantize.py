@@ -20,7 +20,7 @@ from edgedit.converters.quantization.rounding import codes_and_scales
 from edgedit.converters.quantization.store import DEQUANTIZE, store
 from edgedit.errors import ConversionError
 
-__all__ = ["Encode", "Form", "Int8MatMul", "QuantizeWeights", "codes_and_scales", "plain_encode"]
+__all__ = ["Encode", "Form", "Int8MatMul", "QuantizeWeights", "check_finite", "codes_and_scales", "plain_encode"]
 
 Encode = Callable[[Layer, Form, npt.NDArray[np.float32]], Encoded]
 """Rounds a layer's weight into a form."""
@@ -28,12 +28,17 @@ Encode = Callable[[Layer, Form, npt.NDArray[np.float32]], Encoded]
 
 def plain_encode(layer: Layer, form: Form, weight: npt.NDArray[np.float32]) -> Encoded:
     """Without calibration. Raises ConversionError for a weight with values that are not numbers."""
+    check_finite(layer, weight)
+    return encode(weight, form, layer.kind)
+
+
+def check_finite(layer: Layer, weight: npt.NDArray[np.float32]) -> None:
+    """Raises ConversionError, with the layer's name, for a weight with values that are not numbers."""
     if not np.isfinite(weight).all():
         raise ConversionError(
             f"layer {layer.name} holds values that are not numbers and cannot be quantized; "
             "check the checkpoint, or give the layer 32 bits in a recipe"
         )
-    return encode(weight, form, layer.kind)
 
 
 class QuantizeWeights(ir.passes.InPlacePass):

@@ -134,6 +134,4 @@ def _palette(weight: Float, form: Form, moments: Float | None) -> Encoded:
         codes = adaptive(weight, moments, palette.round_row).astype(np.uint8)
     else:
         codes = palette.round(weight)
-    return Encoded(
-        {"": codes, "entries": palette.entries, "scale": palette.scales}, lambda: palette.values(codes)
-    )
+    return Encoded({"": codes, "entries": palette.entries, "scale": palette.scales}, lambda: palette.values(codes))

@@ -83,7 +83,9 @@ def fitted(form: Form, layer: Layer) -> Form:
     if layer.kind != "matrix":
         return Form(8)
     if form.format == "palette" and layer.shape[1] % (8 // form.bits):
-        return fitted(Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer)
+        return fitted(
+            Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer
+        )
     changes = dict(form.__dict__)
     if form.format == "int" and form.bits < 8:
         block = None if form.block is None else block_of(layer.shape[0], form.block)

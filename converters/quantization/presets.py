@@ -61,7 +61,10 @@ def recipe_of(dtype: str, *, calibrated: bool) -> Recipe | None:
     if dtype in PRESETS:
         rules = PRESETS[dtype]
         if calibrated:
-            rules = {**rules, "transformer": tuple(Rule(r.pattern, _with_methods(r.form)) for r in rules["transformer"])}
+            rules = {
+                **rules,
+                "transformer": tuple(Rule(r.pattern, _with_methods(r.form)) for r in rules["transformer"]),
+            }
             if not any(rule.form.needs_calibration for rule in rules["transformer"]):
                 raise ConversionError(f"--calibration does nothing for {dtype}; leave it out")
         return Recipe(dtype, rules, strict=False)
