@@ -59,22 +59,24 @@ def balance(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a value is scaled: the multiplications that it takes, and what does it."""
+    """How a value is scaled: the multiplications that it takes, what does it, and whether that is one of the value."""
 
     inserted: int
     apply: Callable[[], None]
+    is_here: bool = False
 
 
 def scale_value(graph: ir.Graph, value: ir.Value, factor: Float, users: Collection[ir.Node], name: str) -> bool:
-    """Let `users`, which may be all that use it, see value · factor (its last axis). True when nothing was put in."""
+    """Let `users`, which may be all that use it, see value · factor (its last axis). True when nothing was put in
+    between the value and its users."""
     plan = _plan(graph, value, factor, set(users), name)
     plan.apply()
-    return plan.inserted == 0
+    return not plan.is_here
 
 
 def _plan(graph: ir.Graph, value: ir.Value, factor: Float, users: set[ir.Node], name: str) -> _Plan:
     node = value.producer()
-    put_in = _Plan(1, lambda: _multiply(graph, value, factor, users, name))
+    put_in = _Plan(1, lambda: _multiply(graph, value, factor, users, name), is_here=True)
     if node is None or value.is_graph_output() or {use.node for use in value.uses()} - users:
         return put_in
     inputs = list(node.inputs)

@@ -1,15 +1,23 @@
-"""A tiny PixArt-Sigma pipeline whose matrices are just large enough to be quantized."""
+"""A tiny PixArt-Sigma pipeline whose matrices are just large enough to be quantized, and its graphs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import diffusers
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from tiny_pipelines import build_pipeline, randomize
 from transformers import T5Config, T5EncoderModel
 
-__all__ = ["save_quantizable"]
+from edgedit.converters.checkpoint import open_checkpoint
+from edgedit.converters.families import builder
+from edgedit.converters.graph import bind, build
+from edgedit.example_inputs import example_inputs
+
+__all__ = ["fresh_graph", "outputs_of", "save_quantizable"]
 
 WIDTH = 64
 
@@ -49,3 +57,23 @@ def save_quantizable(folder: Path, seed: int, *, layers: int = 2, head_dim: int 
             block.scale_shift_table.mul_(torch.exp(torch.randn(WIDTH, generator=generator)))
     pipeline.register_modules(transformer=transformer, text_encoder=encoder)
     pipeline.save_pretrained(folder)
+
+
+def fresh_graph(folder: Path, component: str = "transformer") -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """The canonical graph of a component of a saved pipeline, and inputs for it."""
+    source = open_checkpoint(folder).components[component]
+    described = builder(source.class_name, component)(source.config)
+    model = build(described)
+    bind(model, source.tensors, drop=described.drop, config=source.config)
+    return model, example_inputs(component, described.inputs, described.runtime)
+
+
+def outputs_of(model: ir.Model, inputs: dict[str, np.ndarray], place: Path) -> np.ndarray:
+    """The graph's first output in ONNX Runtime, block-quantized weights exact."""
+    ir.save(model, place / "m.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(str(place / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, inputs)[0]
+    return result
