@@ -433,7 +433,9 @@ def _quantize(
         files = [path.stat() for path in sorted(checkpoint.path.rglob("*")) if path.is_file()]
         rules = {c: {r.pattern: r.form.as_dict() for r in lines} for c, lines in recipe.rules.items()}
         state = {"source": str(checkpoint.path), "files": [[s.st_size, s.st_mtime_ns] for s in files]}
-        work = Workspace(bundle, {**state, **options, "rules": rules, "prompts": prompts})
+        # Another budget goes on from the same measurements.
+        dtype = recipe.name if recipe.budget is None else "mixed"
+        work = Workspace(bundle, {**state, **options, "dtype": dtype, "rules": rules, "prompts": prompts})
     if work is not None and prompts:
         calibration = _calibration(checkpoint, family, prompts, work, on_progress)
     for job in jobs:

@@ -56,6 +56,9 @@ def write(
     if quantization is not None:
         keep = quantization.float32_layers
         QuantizeWeights(quantization.forms, quantization.encode)(model)
+        for node in model.graph:
+            # Where onnxscript traced a node from takes more room than some of its weights now do.
+            node.metadata_props.clear()
     if dtype != "fp32":
         own = {name for name in model.graph.initializers if name.startswith("quantization/")}
         StoreHalf(keep={f"{name}.weight" for name in keep} | keep | own)(model)

@@ -204,7 +204,12 @@ class Calibration:
             for index in absent:
                 session.calls.clear()
                 latents = pipeline.denoise_together(self.recipe, [embeddings[index]], negatives, [index])
-                arrays = {f"{i}.{key}": value for i, call in enumerate(session.calls) for key, value in call.items()}
+                arrays = {
+                    f"{i}.{key}": value
+                    for i, call in enumerate(session.calls)
+                    for key, value in call.items()
+                    if i == 0 or value is not session.calls[i - 1][key]
+                }
                 self.work.save("calls", str(index), {**arrays, "latents": latents})
                 self.tell("draw", count - len(absent) + absent.index(index) + 1, count)
             session.close()
@@ -221,23 +226,27 @@ class Calibration:
             assert stored is not None
             latents = stored.pop("latents") / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
             calls["decoder"].append({"latents": latents.astype(np.float32)})
-            numbers = sorted({int(key.partition(".")[0]) for key in stored})
-            for number in numbers:
+            call: dict[str, Array] = {}
+            for number in range(1 + max(int(key.partition(".")[0]) for key in stored)):
                 start = f"{number}."
-                call = {key.removeprefix(start): value for key, value in stored.items() if key.startswith(start)}
+                # What did not change since the call before is stored, and kept in memory, once.
+                call = call | {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
                 calls["transformer"].append(call)
         return calls
 
 
 class _Recorder(OnnxSession):
-    """A session that keeps what it is given."""
+    """A session that keeps what it is given; what is the same as in the call before, as the same array."""
 
     def __init__(self, graph: Path) -> None:
         super().__init__(graph, [CPU], None, None, "transformer")
         self.calls: list[dict[str, Array]] = []
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.calls.append({key: value.copy() for key, value in inputs.items()})
+        before = self.calls[-1] if self.calls else {}
+        self.calls.append(
+            {k: before[k] if k in before and np.array_equal(before[k], v) else v.copy() for k, v in inputs.items()}
+        )
         return super().run(inputs)
 
 

@@ -90,7 +90,7 @@ def _within_budget(
         best = table.decibels(least_loss(table))
         if recipe.budget > best:
             raise ConversionError(
-                f"{recipe.name}: the prediction reaches {best:.1f} dB with 8 bits everywhere; ask for less, or take fp16"
+                f"{recipe.name}: the prediction reaches {best:.1f} dB with the best forms; ask for less, or take fp16"
             )
         chosen = assign(table, loss=table.loss(recipe.budget))
     else:

@@ -13,6 +13,7 @@ import numpy as np
 from edgedit.converters.passes.quantize import Encode, plain_encode
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer
+from edgedit.converters.quantization.plot import plot
 from edgedit.converters.quantization.recipe import Recipe
 
 __all__ = ["FOLDER", "Quantization", "stored_bytes", "write_record"]
@@ -63,7 +64,7 @@ def stored_bytes(form: Form, layer: Layer) -> int:
 
 
 def write_record(root: Path, component: str, quantization: Quantization, layers: Mapping[str, Layer]) -> None:
-    """Write the record of one component into the bundle."""
+    """Write the record of one component into the bundle, and where matplotlib is there the curve of a budget."""
     place = root / FOLDER / f"{component}.json"
     place.parent.mkdir(exist_ok=True)
     document = {
@@ -81,3 +82,5 @@ def write_record(root: Path, component: str, quantization: Quantization, layers:
         **quantization.facts,
     }
     place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if "sensitivity" in quantization.facts:
+        plot(quantization.facts["sensitivity"], place.with_suffix(".png"))

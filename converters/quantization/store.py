@@ -41,7 +41,7 @@ def store(model: ir.Model, layer: Layer, form: Form, parts: Parts) -> None:
         width = 8 // form.bits
         codes = writer.part("", ir.DataType.UINT8, (shape[0], shape[1] // width))
         entries = writer.part("entries", ir.DataType.INT8, (256, width))
-        writer.dequantize(writer.looked_up(entries, codes, "expanded", shape), writer.scale((shape[1],)), axis, None)
+        writer.dequantize(writer.looked_up(entries, codes, "codes", shape), writer.scale((shape[1],)), axis, None)
         return
     if form.bits == 3:
         low, sign = (
@@ -124,7 +124,7 @@ class _Writer:
 
     def looked_up(self, table: ir.Value, codes: ir.Value, label: str, shape: tuple[int, ...]) -> ir.Value:
         """Rows of a table [256, n] for codes [K, N / n], as [K, N]."""
-        wide = self.cast(codes, ir.DataType.INT32, f"{label}_indices")
+        wide = self.cast(codes, ir.DataType.INT32, f"{label}_wide")
         rows = self.node("Gather", [table, wide], f"{label}_rows", [ir.AttrInt64("axis", 0)])
         name = f"quantization/shape_{'x'.join(map(str, shape))}"
         if name not in self.graph.initializers:

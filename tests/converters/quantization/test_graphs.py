@@ -87,7 +87,7 @@ def test_second_moments_follow_what_is_done_to_the_inputs(
     moments = prepared.statistics[name].moments()
     assert np.linalg.norm(moments - found[1]) / np.linalg.norm(found[1]) < 1e-4
     if not methods.get("rotate"):
-        np.testing.assert_allclose(prepared.statistics[name].peaks**2, known[name].peaks ** 2, rtol=1e-3)
+        np.testing.assert_allclose(prepared.statistics[name].peaks ** 2, known[name].peaks ** 2, rtol=1e-3)
 
 
 def test_factors_are_smoothquants_and_one_where_nothing_is_known() -> None:
@@ -135,7 +135,9 @@ def test_a_stored_weight_opens_to_what_was_rounded(form: Form, rng: np.random.Ge
     np.testing.assert_allclose(opened, encode(weight, form, "matrix").value(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f.int8_activations or f.block is None], ids=lambda f: f.describe())
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS if f.int8_activations or f.block is None], ids=lambda f: f.describe()
+)
 def test_int8_arithmetic_uses_the_same_codes(form: Form, rng: np.random.Generator, tmp_path: Path) -> None:
     weight = rng.standard_normal((128, 96)).astype(np.float32)
     model = one_matrix(weight)
