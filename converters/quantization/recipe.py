@@ -63,6 +63,11 @@ class Recipe:
             matched = [name for name in layers if fnmatchcase(name, rule.pattern)]
             if not matched and self.strict:
                 raise ConversionError(self._no_layer(component, rule.pattern, layers))
+            if self.strict and rule.form.int8_activations and all(layers[n].kind != "matrix" for n in matched):
+                raise ConversionError(
+                    f"{self.name}: [{component}] {rule.pattern!r} matches no matrix, and only matrices compute in "
+                    "int8; leave activations out"
+                )
             for name in matched:
                 form = fitted(rule.form, layers[name])
                 if self.strict and not _WILD & set(rule.pattern) and form != rule.form:
