@@ -22,7 +22,14 @@ from edgedit.converters.manifest import Artefact, Section, Written, describe, gu
 from edgedit.converters.measure import Opener, canonical_form, fit_preview, measure_forms, onnx_sessions
 from edgedit.converters.mlx import MlxPlan, plan_mlx
 from edgedit.converters.parts import CUT, write_parts
-from edgedit.converters.passes.quantize import PRESETS
+from edgedit.converters.prompts import read_prompts
+from edgedit.converters.quantization.calibrate import NEEDED, Calibration
+from edgedit.converters.quantization.layers import Layer, find_layers
+from edgedit.converters.quantization.prepare import is_slow, prepare
+from edgedit.converters.quantization.presets import recipe_of
+from edgedit.converters.quantization.recipe import Recipe
+from edgedit.converters.quantization.record import Quantization, write_record
+from edgedit.converters.quantization.workspace import Workspace
 from edgedit.converters.tiling.write import TILED, write_pieces
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
@@ -101,6 +108,8 @@ class _Job:
     notes: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     precisions: dict[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
     @property
     def section(self) -> Section:
@@ -122,6 +131,7 @@ def convert(
     *,
     to: Sequence[str] = ("onnx",),
     dtype: str = "fp32",
+    calibration: str | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     coreml: CoremlOptions | None = None,
     mlx_weights: str | None = None,
@@ -141,9 +151,13 @@ def convert(
         source: a diffusers folder, one component's folder, a weights file, or a Hub id.
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
-        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8" or "w4" for weights in so
-            many bits; "w8a8" for int8 arithmetic in the transformer's blocks as well. Core ML and MLX take fp32 and
-            fp16; Core ML computes in float16 where it can, and MLX in a transformer.
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8", "w4", "w3" or "w2" for
+            weights in so many bits; "w8a8" or "w4a8" for int8 arithmetic in the transformer's blocks as well; or the
+            .toml file of a recipe. Core ML and MLX take fp32 and fp16; Core ML computes in float16 where it can, and
+            MLX in a transformer.
+        calibration: a file of prompts, one a line, or "self" for eight of the checkpoint's own or of a general list.
+            The model draws them, and what its layers saw on the way makes quantized weights lose less. An
+            interrupted conversion goes on where it was when it is given again with the same options.
         sizes: (width, height) in pixels that fixed shapes are made for: packages of Core ML, by default of the model's
             own size, and functions of MLX (`.mlxfn`), by default none.
         coreml: how Core ML packages are made.
@@ -169,13 +183,12 @@ def convert(
     for target in to:
         if target not in TARGETS:
             raise ConversionError(f"unknown target {target!r}; choose from: {', '.join(TARGETS)}")
-    if dtype not in onnx_lowering.DTYPES:
-        raise ConversionError(f"unknown dtype {dtype!r}; choose from: {', '.join(onnx_lowering.DTYPES)}")
+    recipe = recipe_of(dtype, calibrated=calibration is not None)
     if not to:
         raise ConversionError(f"no target given; choose from: {', '.join(TARGETS)}")
-    if "coreml" in to and dtype in PRESETS:
+    if "coreml" in to and recipe is not None:
         raise ConversionError(f"dtype {dtype} is for ONNX; for Core ML choose fp16 and quantized Core ML weights")
-    if "mlx" in to and dtype in PRESETS:
+    if "mlx" in to and recipe is not None:
         raise ConversionError(f"dtype {dtype} is for ONNX; for MLX choose fp16 and quantized MLX weights")
     if "coreml" not in to and coreml:
         raise ConversionError("Core ML options need the target coreml; add it to the targets")
@@ -190,7 +203,13 @@ def convert(
     tokenizer = _tokenizer(checkpoint, jobs)
     notes = [*checkpoint.notes]
     names = [job.name for job in jobs]
+    dtype = dtype if recipe is None else recipe.name
     options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
+    if recipe is not None:
+        for job in jobs:
+            recipe.resolve(job.name, find_layers(job.model))
+    prompts = [] if calibration is None else _prompts(calibration, checkpoint)
+    options |= {"calibration": calibration} if calibration is not None else {}
     plan, mlx = None, None
     planned = {job.name: job.component for job in jobs}
     if "coreml" in to:
@@ -208,6 +227,7 @@ def convert(
 
     with BundleWriter(bundle, overwrite=overwrite) as writer:
         preview = None
+        work = _quantize(recipe, checkpoint, family, jobs, Path(bundle), prompts, options, on_progress)
         for job in jobs:
             forms = _lower(job, writer.root, to, dtype, plan, mlx, measure, _counter(job.name, on_progress))
             fitted = _measure(job, writer.root, forms, plan, measure, own=dtype == "fp32")
@@ -231,6 +251,8 @@ def convert(
             options=options,
         )
         writer.finish(manifest)
+    if work is not None:
+        work.remove()
     return _report(Path(bundle), family, checkpoint, jobs, notes, started)
 
 
@@ -249,7 +271,11 @@ def _lower(
     for index, target in enumerate(dict.fromkeys(to)):
         model = job.model if index == 0 else _canonical(job.source, job.name)[1]
         if target == "onnx":
-            written = onnx_lowering.write(model, root, job.name, dtype=dtype, on_tensor=on_tensor)
+            if job.quantization is not None:
+                write_record(root, job.name, job.quantization, job.layers)
+            written = onnx_lowering.write(
+                model, root, job.name, dtype=dtype, quantization=job.quantization, on_tensor=on_tensor
+            )
             if job.name in TILED:
                 stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
                 written = write_pieces(root, job.name, written, stride)
@@ -381,6 +407,72 @@ def _canonical(source: ComponentSource, name: str) -> tuple[Component, ir.Model,
     model = build(component)
     accounting = bind(model, source.tensors, drop=component.drop, config=source.config)
     return component, model, [*source.dropped.items(), *accounting.dropped.items()]
+
+
+#: Prompts of a checkpoint's own list that a calibration draws.
+OWN_PROMPTS = 8
+
+
+def _prompts(source: str, checkpoint: Checkpoint) -> list[str]:
+    found = read_prompts(source, checkpoint.path)
+    every = max(1, len(found) // OWN_PROMPTS)
+    return found[::every][:OWN_PROMPTS] if source == "self" else found
+
+
+def _quantize(
+    recipe: Recipe | None,
+    checkpoint: Checkpoint,
+    family: Family,
+    jobs: list[_Job],
+    bundle: Path,
+    prompts: list[str],
+    options: Mapping[str, Any],
+    on_progress: OnProgress | None,
+) -> Workspace | None:
+    """Say how each component is quantized, in its job; the workspace of slow recipes."""
+    if recipe is None:
+        return None
+    work, calibration = None, None
+    if is_slow(recipe):
+        files = [path.stat() for path in sorted(checkpoint.path.rglob("*")) if path.is_file()]
+        rules = {c: {r.pattern: r.form.as_dict() for r in lines} for c, lines in recipe.rules.items()}
+        state = {"source": str(checkpoint.path), "files": [[s.st_size, s.st_mtime_ns] for s in files]}
+        # Another budget goes on from the same measurements.
+        dtype = recipe.name if recipe.budget is None else "mixed"
+        work = Workspace(bundle, {**state, **options, "dtype": dtype, "rules": rules, "prompts": prompts})
+    if work is not None and prompts:
+        calibration = _calibration(checkpoint, family, prompts, work, on_progress)
+    for job in jobs:
+        job.quantization, job.layers = prepare(recipe, job.name, job.model, work, calibration)
+    return work
+
+
+def _calibration(
+    checkpoint: Checkpoint, family: Family, prompts: list[str], work: Workspace, on_progress: OnProgress | None
+) -> Calibration:
+    """The whole pipeline, whatever is converted of it: calibration draws pictures."""
+    try:
+        jobs = _plan(checkpoint, NEEDED)
+    except ConversionError as error:
+        raise ConversionError(f"calibration draws pictures and needs the whole pipeline: {error}") from error
+    tokenizer = _tokenizer(checkpoint, jobs)
+    assert tokenizer is not None
+    for job in jobs:
+        path = f"onnx/{job.name}.onnx"
+        job.artefacts = {"onnx": onnx_lowering.OnnxArtefact("fp32", path, None, (path,))}
+    manifest = describe(
+        checkpoint,
+        family,
+        {job.name: job.section for job in jobs},
+        tokenizer=tokenizer,
+        preview=None,
+        name="calibration",
+        options={},
+    )
+    sources = {job.name: job.source for job in jobs}
+    return Calibration(
+        manifest, tokenizer.json, lambda name: _canonical(sources[name], name)[1], prompts, work, on_progress
+    )
 
 
 def _family(checkpoint: Checkpoint, jobs: list[_Job]) -> Family:

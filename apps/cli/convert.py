@@ -30,8 +30,20 @@ def convert(
         typer.Option(metavar="A,B", help="Backends to convert for: onnx, coreml, mlx.", show_default="onnx"),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="Weights: fp32, fp16, w8, w4, or w8a8 (int8 arithmetic too).")
+        str,
+        typer.Option(
+            metavar="TYPE|RECIPE.toml",
+            help="Weights: fp32, fp16, w8, w4, w3, w2; w8a8 or w4a8 (int8 arithmetic too); mixed:30M or mixed:35dB "
+            "(a budget); or a recipe's file.",
+        ),
     ] = "fp32",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS.txt|self",
+            help="Draw these prompts first, to learn what each layer must keep; self takes eight of the model's own.",
+        ),
+    ] = None,
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +129,7 @@ def convert(
             output,
             to=_names("--to", ",".join(to)) if to else ("onnx",),
             dtype=dtype,
+            calibration=calibration,
             sizes=[_size(text) for text in size] if size else None,
             coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
             mlx_weights=mlx_weights,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgedit.apps.cli.inspect_quantization import print_quantization
 from edgedit.apps.cli.tables import count, decibels, megabytes, print_facts, print_line, print_table, small
 
 __all__ = ["bundle_document", "print_bundle"]
@@ -17,6 +18,7 @@ TEMPLATE_SHOWN = 80
 def bundle_document(path: Path) -> dict[str, Any]:
     """The manifest, with the folder, the model's hash and its size. Raises BundleError."""
     from edgedit.bundle import open_bundle
+    from edgedit.json_reader import parse_json
     from edgedit.tuning_record import load
 
     bundle = open_bundle(path)
@@ -27,6 +29,10 @@ def bundle_document(path: Path) -> dict[str, Any]:
 
             packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
     tuned = load(bundle)
+    recipes = {}
+    for name in bundle.manifest.components:
+        if (record := f"quantization/{name}.json") in bundle.manifest.files:
+            recipes[name] = parse_json(bundle.file(record).read_bytes(), record).members()
     size = sum(entry.size for entry in bundle.manifest.files.values())
     return {
         "kind": "bundle",
@@ -36,6 +42,7 @@ def bundle_document(path: Path) -> dict[str, Any]:
         "manifest": bundle.manifest.raw,
         "coreml": packages,
         "tuning": None if tuned is None else tuned.as_dict(),
+        "quantization": recipes,
     }
 
 
@@ -82,6 +89,8 @@ def print_bundle(document: Mapping[str, Any]) -> None:
         print_facts({"tuned here": "; ".join(shown)})
     if document["coreml"]:
         _print_packages(document["coreml"], manifest["components"])
+    if document["quantization"]:
+        print_quantization(document["quantization"])
 
 
 def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) -> None:

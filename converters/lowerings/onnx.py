@@ -9,13 +9,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgedit.converters.passes.fuse_cpu import FuseForCpu
-from edgedit.converters.passes.quantize import PRESETS, Int8MatMul, QuantizeWeights, form_of
+from edgedit.converters.passes.quantize import Int8MatMul, QuantizeWeights
 from edgedit.converters.passes.store_half import StoreHalf
+from edgedit.converters.quantization.record import Quantization
 from edgedit.errors import ConversionError
 
-__all__ = ["DTYPES", "OnnxArtefact", "write"]
-
-DTYPES = ("fp32", "fp16", *PRESETS)
+__all__ = ["OnnxArtefact", "write"]
 
 
 @dataclass(frozen=True)
@@ -40,24 +39,31 @@ def write(
     component: str,
     *,
     dtype: str,
+    quantization: Quantization | None = None,
     folder: str = "onnx",
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> OnnxArtefact:
     """Write FOLDER/COMPONENT.onnx, its weights and its CPU form under `root`. Weights are read one at a time.
 
     Args:
-        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); or a preset of
-            `passes.quantize`, which stores as float16 what it does not quantize.
+        dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); or the name of `quantization`,
+            with which everything that it does not quantize is float16.
+        quantization: the forms of the layers; None for a float type.
         on_tensor: told (weights written, weights in all).
 
     Raises:
         ConversionError: a weight does not fit into float16.
     """
-    form = form_of(dtype, component)
-    if form is not None:
-        QuantizeWeights(form)(model)
+    keep: frozenset[str] = frozenset()
+    if quantization is not None:
+        keep = quantization.float32_layers
+        QuantizeWeights(quantization.forms, quantization.encode)(model)
+        for node in model.graph:
+            # Where onnxscript traced a node from takes more room than some of its weights now do.
+            node.metadata_props.clear()
     if dtype != "fp32":
-        StoreHalf()(model)
+        own = {name for name in model.graph.initializers if name.startswith("quantization/")}
+        StoreHalf(keep={f"{name}.weight" for name in keep} | keep | own)(model)
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
     graph, data, fused = place / f"{component}.onnx", f"{component}.onnx.data", place / f"{component}.cpu.onnx"
@@ -71,8 +77,8 @@ def write(
     files = [graph] + ([place / data] if (place / data).exists() else [])
     cpu = ir.load(graph)
     modified = FuseForCpu()(cpu).modified
-    if form is not None and form.int8_activations:
-        modified = Int8MatMul()(cpu).modified or modified
+    if quantization is not None and quantization.int8_layers:
+        modified = Int8MatMul(quantization.int8_layers)(cpu).modified or modified
     if modified:
         ir.save(cpu, fused)
         files.append(fused)

@@ -6,7 +6,7 @@ normalisers and text encoders therefore keep float32 range, and the only loss is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -23,17 +23,21 @@ class StoreHalf(ir.passes.InPlacePass):
 
     Weights stay lazy: they are read and rounded when the model is written, and one beyond the range of float16 raises
     OverflowError with its name then.
+
+    Args:
+        keep: names of weights that stay float32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Collection[str] = ()) -> None:
         super().__init__()
+        self.keep = keep
         self.changes = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         for name, value in list(graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST or name in self.keep:
                 continue
             users = [(use.node, use.idx) for use in value.uses()]
             shape = value.shape

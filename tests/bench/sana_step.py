@@ -27,6 +27,9 @@ from run_alone import Cost, run_alone
 from edgedit.converters.architectures.sana import build_transformer
 from edgedit.converters.graph import build
 from edgedit.converters.lowerings import onnx as onnx_lowering
+from edgedit.converters.quantization.layers import find_layers
+from edgedit.converters.quantization.presets import PRESETS, recipe_of
+from edgedit.converters.quantization.record import Quantization
 
 #: Pixels of a token's side: DC-AE's factor, patches of one.
 PIXELS = 32
@@ -62,7 +65,9 @@ def step(config: dict[str, Any], pixels: int, *, dtype: str, threads: int, repea
         "encoder_attention_mask": {"shape": [1, length], "fill": 1.0},
     }
     with tempfile.TemporaryDirectory() as place:
-        artefact = onnx_lowering.write(model, Path(place), "transformer", dtype=dtype)
+        recipe = recipe_of(dtype, calibrated=False)
+        forms = None if recipe is None else Quantization(recipe, recipe.resolve("transformer", find_layers(model)))
+        artefact = onnx_lowering.write(model, Path(place), "transformer", dtype=dtype, quantization=forms)
         graph = Path(place) / (artefact.fused_graph or artefact.graph)
         return run_alone(graph, inputs, threads=threads, repeat=repeat)
 
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=SHAPE["num_layers"])
-    parser.add_argument("--dtype", choices=onnx_lowering.DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", *PRESETS), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1)
     options = parser.parse_args(arguments)

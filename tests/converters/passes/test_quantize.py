@@ -14,7 +14,8 @@ import torch
 from tiny_pipelines import build_pipeline
 
 import edgedit
-from edgedit.converters.passes.quantize import PRESETS, Form, Int8MatMul, QuantizeWeights, codes_and_scales
+from edgedit.converters.passes.quantize import Form, Int8MatMul, QuantizeWeights, codes_and_scales
+from edgedit.converters.quantization.presets import PRESETS
 
 
 @pytest.fixture

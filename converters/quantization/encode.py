@@ -1,0 +1,137 @@
+"""What is stored of a layer's weight: arrays by the end of their name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedit.converters.quantization import palettes
+from edgedit.converters.quantization.form import Form
+from edgedit.converters.quantization.packing import pack
+from edgedit.converters.quantization.rounding import adaptive, code_range, codes_and_scales, nearest
+
+__all__ = ["Encoded", "encode"]
+
+Float = npt.NDArray[np.float32]
+Parts = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight as it is stored.
+
+    Attributes:
+        parts: arrays; "" are the codes, or their low bits; "scale", "multiplier", "sign" and "entries" as the form has.
+        value: makes the float32 weight that the parts stand for.
+    """
+
+    parts: Parts
+    value: Callable[[], Float]
+
+
+def encode(weight: Float, form: Form, kind: str, moments: Float | None = None) -> Encoded:
+    """Round a weight into the parts of a form that is `fitted` to its layer.
+
+    Args:
+        weight: float32 in the graph's layout.
+        kind: the layer's.
+        moments: X^T X of the layer's inputs, which adaptive rounding needs.
+    """
+    if kind == "convolution":
+        return _per_slice(weight, 0)
+    if kind == "table":
+        codes, scales = codes_and_scales(weight, 8, axis=1)
+        return Encoded({"": codes, "scale": scales}, lambda: (codes * scales).astype(np.float32))
+    if form.rounding == "adaptive" and moments is None:
+        raise ValueError("adaptive rounding needs the moments of the layer's inputs")
+    if form.format == "palette":
+        return _palette(weight, form, moments)
+    if form.block is None:
+        return _per_channel(weight, form, moments)
+    return _blocks(weight, form, moments)
+
+
+def _per_slice(weight: Float, axis: int) -> Encoded:
+    moved = np.moveaxis(weight, axis, 0)
+    codes, scales = codes_and_scales(moved.reshape(len(moved), -1), 8, axis=1)
+    shaped = np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), 0, axis))
+    sides = [1] * weight.ndim
+    sides[axis] = -1
+    scale = scales.reshape(len(moved))
+    return Encoded({"": shaped, "scale": scale}, lambda: (shaped * scale.reshape(sides)).astype(np.float32))
+
+
+def _per_channel(weight: Float, form: Form, moments: Float | None) -> Encoded:
+    if form.rounding == "nearest" or moments is None:
+        return _per_slice(weight, 1)
+    _, scales = codes_and_scales(weight, 8, axis=0)
+    return _coded({}, scales[0], weight, 8, moments, lambda _: scales[0])
+
+
+def _blocks(weight: Float, form: Form, moments: Float | None) -> Encoded:
+    rows, columns = weight.shape
+    block = form.block
+    assert block is not None
+    codes, scales = codes_and_scales(weight.reshape(rows // block, block, columns), form.bits, axis=1)
+    scales = scales.reshape(rows // block, columns)
+    parts: dict[str, npt.NDArray[np.generic]] = {"scale": scales}
+    if form.int8_activations:
+        multiplier, scale = _whole_multiples(scales, form.bits)
+        parts, scales = {"multiplier": multiplier, "scale": scale}, multiplier * scale
+    elif form.rounding == "nearest":
+        return _finished(parts, codes.reshape(rows, columns), np.repeat(scales, block, 0), form.bits)
+    return _coded(parts, scales, weight, form.bits, moments, lambda row: scales[row // block])
+
+
+def _whole_multiples(scales: Float, bits: int) -> tuple[npt.NDArray[np.int8], Float]:
+    """Block scales [G, N] as whole multiples [G, N] of one scale a channel [N], so that code · multiple is an int8
+    (progressive group quantization: Lin et al., "QServe", 2024, section 4.1)."""
+    most = 127 // -code_range(bits)[0]
+    channel = (np.abs(scales).max(0) / most).astype(np.float32)
+    channel[channel == 0] = 1
+    multiples = np.rint(scales / channel)
+    return np.where(multiples == 0, 1, multiples).astype(np.int8), channel
+
+
+def _coded(
+    parts: Parts, scales: Float, weight: Float, bits: int, moments: Float | None, of_row: Callable[[int], Float]
+) -> Encoded:
+    """Codes for given scales, nearest or adaptive."""
+    repeated = np.broadcast_to(scales, weight.shape) if scales.ndim == 1 else _rows(scales, len(weight))
+    if moments is None:
+        codes = nearest(weight, repeated, bits)
+    else:
+
+        def round_row(row: int, values: Float) -> tuple[npt.NDArray[np.int8], Float]:
+            found = nearest(values, of_row(row), bits)
+            return found, found * of_row(row)
+
+        codes = adaptive(weight, moments, round_row).astype(np.int8)
+    return _finished(parts or {"scale": scales}, codes, repeated, bits)
+
+
+def _rows(scales: Float, rows: int) -> Float:
+    return np.repeat(scales, rows // len(scales), 0)
+
+
+def _finished(parts: Parts, codes: npt.NDArray[np.int8], scales: Float, bits: int) -> Encoded:
+    value = partial(np.multiply, codes, scales, dtype=np.float32)
+    if bits == 3:
+        low, sign = pack(codes)
+        return Encoded({"": low, "sign": sign, **parts}, value)
+    return Encoded({"": codes, **parts}, value)
+
+
+def _palette(weight: Float, form: Form, moments: Float | None) -> Encoded:
+    """Codes into a palette; with moments its fit minds them, and rounding is adaptive where the form says so."""
+    diagonal = None if moments is None else np.ascontiguousarray(np.diag(moments))
+    palette = palettes.fit(weight, 8 // form.bits, diagonal)
+    if form.rounding == "adaptive" and moments is not None:
+        codes = adaptive(weight, moments, palette.round_row).astype(np.uint8)
+    else:
+        codes = palette.round(weight)
+    return Encoded({"": codes, "entries": palette.entries, "scale": palette.scales}, lambda: palette.values(codes))

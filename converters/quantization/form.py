@@ -1,0 +1,74 @@
+"""How one layer is stored and computed: the line of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["ACTIVATIONS", "BITS", "BLOCKS", "FORMATS", "ROUNDINGS", "Form"]
+
+BITS = (32, 16, 8, 4, 3, 2)
+BLOCKS = (128, 64, 32, 16)
+FORMATS = ("int", "palette")
+ROUNDINGS = ("nearest", "adaptive")
+ACTIVATIONS = ("none", "int8")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the weight of a layer is stored, and what is done so that less is lost.
+
+    Attributes:
+        bits: 32 or 16 for a float, 8, 4, 3 or 2 for codes.
+        block: weights to a scale along the input axis; None: one scale an output channel.
+        int8_activations: the layer computes in int8; its input is rounded per tensor, as it comes.
+        format: "int" for evenly spaced codes; "palette" for 256 learned entries of 2 (4 bits) or 4 (2 bits) weights.
+        rounding: "nearest", or "adaptive": each rounding error is taken up by the weights not yet rounded, so that the
+            layer's output on calibration inputs changes least (Frantar et al., "GPTQ", 2022, algorithm 1).
+        balance: share of the input's outliers that is moved into the weights, 0 to 1 (Xiao et al., "SmoothQuant", 2022,
+            equation 4; ViDiT-Q, section 4.2), None for none of it.
+        rotate: mix input channels in groups by a Hadamard matrix, which spreads outliers (Ashkboos et al., "QuaRot",
+            2024).
+    """
+
+    bits: int
+    block: int | None = None
+    int8_activations: bool = False
+    format: str = "int"
+    rounding: str = "nearest"
+    balance: float | None = None
+    rotate: bool = False
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the weight is stored as codes and not as a float."""
+        return self.bits <= 8
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the layer's inputs must be known."""
+        return self.is_coded and (self.rounding == "adaptive" or self.balance is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of a recipe's line; what is at its default is left out."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "int8_activations":
+                found |= {"activations": "int8"} if value else {}
+            elif field.name == "bits" or value != field.default:
+                found[field.name] = value
+        return found
+
+    def describe(self) -> str:
+        """In words: "4 bits, blocks of 64, adaptive"."""
+        if not self.is_coded:
+            return f"float{self.bits}"
+        words = [f"{self.bits} bits per channel" if self.block is None else f"{self.bits} bits, blocks of {self.block}"]
+        if self.format == "palette":
+            words = [f"{self.bits} bits, palette of 256 entries of {8 // self.bits} weights"]
+        words += ["int8 arithmetic"] if self.int8_activations else []
+        words += ["adaptive"] if self.rounding == "adaptive" else []
+        words += [f"balanced {self.balance:g}"] if self.balance is not None else []
+        words += ["rotated"] if self.rotate else []
+        return ", ".join(words)

@@ -1,0 +1,97 @@
+"""The layers of a graph whose weights can be quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgedit.converters.quantization.form import BLOCKS, Form
+
+__all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
+
+SMALLEST = 4096
+"""Weights with fewer elements keep their type: biases, norms and small tables weigh nothing."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight and where it is used.
+
+    Attributes:
+        name: the weight's name without ".weight".
+        kind: "matrix" ([inputs, outputs]), "convolution" ([outputs, …]) or "table" ([rows, width], looked up).
+        value: the initializer.
+        shape: its sides.
+    """
+
+    name: str
+    kind: str
+    value: ir.Value
+    shape: tuple[int, ...]
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The nodes that take the weight."""
+        return [use.node for use in self.value.uses()]
+
+
+def layer_name(weight: str) -> str:
+    """ "proj_out.weight" is the weight of "proj_out"."""
+    return weight.removesuffix(".weight")
+
+
+def find_layers(model: ir.Model) -> dict[str, Layer]:
+    """Layers by name, in the order of the graph's initializers. Nothing is read from disk."""
+    found = {}
+    for key, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST or value.shape is None:
+            continue
+        shape = tuple(int(side) for side in value.shape.numpy())
+        uses = {(use.node.op_type, use.idx) for use in value.uses()}
+        if uses == {("MatMul", 1)} and len(shape) == 2:
+            kind = "matrix"
+        elif uses == {("Conv", 1)}:
+            kind = "convolution"
+        elif uses == {("Gather", 0)} and len(shape) == 2 and _looks_up_rows(value):
+            kind = "table"
+        else:
+            continue
+        found[layer_name(key)] = Layer(layer_name(key), kind, value, shape)
+    return found
+
+
+def _looks_up_rows(value: ir.Value) -> bool:
+    attributes = [use.node.attributes for use in value.uses()]
+    return all("axis" not in found or found["axis"].as_int() == 0 for found in attributes)
+
+
+def block_of(rows: int, wanted: int) -> int | None:
+    """The largest block up to `wanted` that divides the input axis, at least 16."""
+    return next((size for size in BLOCKS if size <= wanted and rows % size == 0), None)
+
+
+def fitted(form: Form, layer: Layer) -> Form:
+    """What a form becomes on a layer.
+
+    Convolutions and tables have 8 bits at least and no methods; a matrix whose inputs divide into no block, or whose
+    outputs do not fill a byte, takes the next wider form that it can have.
+    """
+    if not form.is_coded:
+        return Form(form.bits)
+    if layer.kind != "matrix":
+        return Form(8)
+    if form.format == "palette" and layer.shape[1] % (8 // form.bits):
+        return fitted(
+            Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer
+        )
+    changes = dict(form.__dict__)
+    if form.format == "int" and form.bits < 8:
+        block = None if form.block is None else block_of(layer.shape[0], form.block)
+        changes["block"] = block
+        if block is None:
+            changes["bits"] = 8
+        elif form.bits == 3 and layer.shape[1] % 8:
+            changes["bits"] = 4
+    return Form(**changes)

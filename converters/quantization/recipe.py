@@ -1,0 +1,172 @@
+"""Recipes: which form each layer of each component gets, by patterns of names."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from edgedit.converters.quantization.form import ACTIVATIONS, BITS, BLOCKS, FORMATS, ROUNDINGS, Form
+from edgedit.converters.quantization.layers import Layer, fitted
+from edgedit.errors import ConversionError
+
+__all__ = ["COMPONENTS", "Recipe", "Rule", "parse_recipe", "read_recipe"]
+
+COMPONENTS = ("transformer", "text_encoder", "decoder", "encoder", "tiny_decoder")
+#: Those whose inputs calibration does not see.
+UNSEEN = ("encoder", "tiny_decoder")
+_LARGEST_FILE = 1 << 20
+_KEYS = ("bits", "block", "format", "activations", "rounding", "balance", "rotate")
+_WILD = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern of layer names (`*`, `?` and `[abc]` as in a shell) and the form of the layers that it matches."""
+
+    pattern: str
+    form: Form
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules by component; of the rules that match a layer the last counts. Layers without a rule are float16.
+
+    Attributes:
+        name: what the bundle calls the precision.
+        rules: by component.
+        strict: whether a rule that matches no layer is a mistake; presets serve every architecture and are not strict.
+        budget: bytes, or decibels with `budget_unit` "dB", for mixed precision; None where the rules say everything.
+    """
+
+    name: str
+    rules: Mapping[str, tuple[Rule, ...]]
+    strict: bool = True
+    budget: float | None = None
+    budget_unit: str = ""
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Components for which a rule needs to know the inputs of layers."""
+        return tuple(c for c, rules in self.rules.items() if any(rule.form.needs_calibration for rule in rules))
+
+    def resolve(self, component: str, layers: Mapping[str, Layer]) -> dict[str, Form]:
+        """The form of every layer of a component, as it fits the layer.
+
+        Raises ConversionError for a rule of a strict recipe that matches no layer, with the nearest names, or that
+        names a single layer and asks of it what it cannot have.
+        """
+        found = dict.fromkeys(layers, Form(16))
+        for rule in self.rules.get(component, ()):
+            matched = [name for name in layers if fnmatchcase(name, rule.pattern)]
+            if not matched and self.strict:
+                raise ConversionError(self._no_layer(component, rule.pattern, layers))
+            if self.strict and rule.form.int8_activations and all(layers[n].kind != "matrix" for n in matched):
+                raise ConversionError(
+                    f"{self.name}: [{component}] {rule.pattern!r} matches no matrix, and only matrices compute in "
+                    "int8; leave activations out"
+                )
+            for name in matched:
+                form = fitted(rule.form, layers[name])
+                if self.strict and not _WILD & set(rule.pattern) and form != rule.form:
+                    raise ConversionError(
+                        f"{self.name}: [{component}] {name} is a {layers[name].kind} of "
+                        f"{'x'.join(map(str, layers[name].shape))} and cannot have {rule.form.describe()}; "
+                        f"the nearest that it can have: {form.describe()}"
+                    )
+                found[name] = form
+        return found
+
+    def _no_layer(self, component: str, pattern: str, layers: Iterable[str]) -> str:
+        names = list(layers)
+        near = difflib.get_close_matches(pattern.removesuffix(".weight"), names, n=3, cutoff=0.4) or names[:3]
+        return f"{self.name}: [{component}] {pattern!r} matches no layer; nearest: {', '.join(near) or 'none at all'}"
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a TOML file. Raises ConversionError with the place of what is wrong."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConversionError(f"{path}: too large for a recipe; give a TOML file with a line for each pattern")
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read ({error.strerror}); give a recipe's TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path}: not TOML ({' '.join(str(error).split())}); mend the recipe") from None
+    return parse_recipe(document, str(path), path.stem)
+
+
+def parse_recipe(document: Mapping[str, Any], source: str, name: str) -> Recipe:
+    """A recipe from what TOML or JSON gives: a table a component, a line a pattern.
+
+    Raises ConversionError; `source` is the name used in it.
+    """
+    unknown = [key for key in document if key not in COMPONENTS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], COMPONENTS, n=1, cutoff=0.0)[0]
+        raise ConversionError(
+            f"{source}: unknown table [{unknown[0]}]; did you mean [{near}]? A recipe has: {', '.join(COMPONENTS)}"
+        )
+    if not any(document.values()):
+        raise ConversionError(f'{source}: says nothing of any layer; write, under [transformer], "*" = {{bits = 8}}')
+    rules = {}
+    for component, lines in document.items():
+        if not isinstance(lines, Mapping):
+            raise ConversionError(f"{source}: {component} must be a table; write [{component}] and lines below it")
+        rules[component] = tuple(
+            Rule(pattern, _form(line, f"{source}: [{component}] {pattern!r}")) for pattern, line in lines.items()
+        )
+        if component in UNSEEN and any(rule.form.needs_calibration for rule in rules[component]):
+            raise ConversionError(
+                f"{source}: [{component}] sees no inputs in calibration; leave rounding and balance out"
+            )
+    return Recipe(name, rules)
+
+
+def _form(line: Any, place: str) -> Form:
+    if not isinstance(line, Mapping):
+        raise ConversionError(f"{place}: must be a table such as {{bits = 4, block = 64}} (a pattern stands in quotes)")
+    for key in line:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
+            raise ConversionError(f"{place}: unknown key {key!r}; did you mean {near!r}? Keys are: {', '.join(_KEYS)}")
+
+    def choice(key: str, choices: tuple[Any, ...], default: Any) -> Any:
+        value = line.get(key, default)
+        if key in line and (isinstance(value, bool) or value not in choices):
+            raise ConversionError(f"{place}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        return value
+
+    if "bits" not in line:
+        raise ConversionError(f"{place}: bits is missing; choose from {', '.join(map(str, BITS))}")
+    bits, format = choice("bits", BITS, None), choice("format", FORMATS, "int")
+    block = choice("block", BLOCKS, 64 if bits < 8 and format == "int" else None)
+    balance, rotate = line.get("balance"), line.get("rotate", False)
+    form = Form(
+        bits=bits,
+        block=block,
+        int8_activations=choice("activations", ACTIVATIONS, "none") == "int8",
+        format=format,
+        rounding=choice("rounding", ROUNDINGS, "nearest"),
+        balance=None if balance is None else _share(balance, place),
+        rotate=rotate,
+    )
+    if not isinstance(rotate, bool):
+        raise ConversionError(f"{place}: rotate must be true or false, not {rotate!r}")
+    if not form.is_coded and replace(form, block=None) != Form(bits):
+        raise ConversionError(f"{place}: {bits} bits are a float, which has no codes; leave the other keys out")
+    if block is not None and (bits >= 8 or format == "palette"):
+        raise ConversionError(f"{place}: block goes with 4, 3 or 2 bits of format int; leave it out")
+    if format == "palette" and bits not in (4, 2):
+        raise ConversionError(f"{place}: a palette has 4 bits (pairs of weights) or 2 (fours), not {bits}")
+    return form
+
+
+def _share(value: Any, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConversionError(f"{place}: balance must be a number from 0 to 1, not {value!r}")
+    return float(value)
