@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from edgedit.runtimes.base import RuntimeOptions
     from edgedit.runtimes.onnx import OnnxSession
 
-__all__ = ["OpenVinoRuntime", "OpenVinoSession", "group_size", "is_installed", "open_session", "version"]
+__all__ = ["OpenVinoRuntime", "OpenVinoSession", "group_size", "open_session", "version"]
 
 #: Channels that share a scale may be no fewer: smaller groups cost more than they gain.
 SMALLEST_GROUP = 32
@@ -42,11 +41,6 @@ def _openvino() -> Any:
             f"the engine openvino cannot be imported ({error}); run: pip install 'edgedit[openvino]'"
         ) from error
     return openvino
-
-
-def is_installed() -> bool:
-    """Whether OpenVINO can be imported; nothing is imported."""
-    return find_spec("openvino") is not None
 
 
 def version() -> str:

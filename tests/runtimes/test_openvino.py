@@ -20,6 +20,7 @@ from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 from edgedit.example_inputs import example_inputs
 from edgedit.runtimes.base import RuntimeOptions, open_runtime
 from edgedit.runtimes.openvino import OpenVinoSession, group_size, open_session
+from edgedit.runtimes.prompt_static import PromptStaticSession
 
 pytest.importorskip("openvino")
 
@@ -91,6 +92,9 @@ def test_stored_weights_are_read_exactly(quantized: Callable[[str], Bundle], dty
 def test_eight_bit_arithmetic_is_as_near_to_its_weights_as_that_of_onnxruntime(
     quantized: Callable[[str], Bundle],
 ) -> None:
+    session = open_runtime(quantized("w8a8"), "onnx", OPTIONS).open("transformer")
+    assert isinstance(session, PromptStaticSession)
+    assert len(session._values) == 5  # keys and values of both blocks, and the bias of the mask
     exact = outputs_of(quantized("w8"), "transformer")
     found = outputs_of(quantized("w8a8"), "transformer", engine="openvino")
     other = outputs_of(quantized("w8a8"), "transformer")
