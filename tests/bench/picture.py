@@ -109,10 +109,11 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, list[tuple[fl
         subprocess.run([*edgedit, "tune", bundle, "--size", f"{side}x{side}", "--time", options.tune], check=True)
     (ours, few), (theirs, many) = STEPS.items()
     generate = [*edgedit, "generate", PROMPT, "-m", bundle, "--size", f"{side}x{side}", "--no-cache", "-q", "-s", "1"]
+    other = [sys.executable, "-c", DIFFUSERS, str(place / "pixart-sigma")]
     commands = {
         ours: [*generate, "--steps", str(few), "-o", str(place / "ours.png")],
-        theirs: [sys.executable, "-c", DIFFUSERS, str(place / "pixart-sigma"), str(many), side, str(place / "theirs.png"), PROMPT],
-    }  # fmt: skip
+        theirs: [*other, str(many), side, str(place / "theirs.png"), PROMPT],
+    }
     found: dict[str, list[tuple[float, int]]] = {label: [] for label in commands}
     for _ in range(options.rounds):
         for label, command in commands.items():
@@ -125,9 +126,9 @@ def markdown(found: dict[str, list[tuple[float, int]]], options: argparse.Namesp
     base = list(STEPS)[-1]
     seconds = {label: statistics.median(time for time, _ in rounds) for label, rounds in found.items()}
     peaks = {label: max(peak for _, peak in rounds) for label, rounds in found.items()}
+    setting = f"{options.rounds} rounds in turns, text encoders of {options.encoder_layers} layers"
     lines = [
-        f"From process start to a picture of {options.pixels} px, {options.rounds} rounds in turns, "
-        f"text encoders of {options.encoder_layers} layers",
+        f"From process start to a picture of {options.pixels} px, {setting}",
         "",
         "| | steps | s | × as fast | peak MB | × memory |",
         "|---|---|---|---|---|---|",
