@@ -127,12 +127,15 @@ def _create(
 
     `part` is a model made of a part of `graph`, with its name; its weights lie where the graph's do.
     """
-    source: str | bytes = str(graph)
-    if part is not None:
-        source = part[1]
+
+    def create() -> Any:
+        if part is None:
+            return ort.InferenceSession(str(graph), options, providers=providers)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+        return ort.InferenceSession(part[1], options, providers=providers)
+
     if cache is None or providers != [CPU]:
-        return ort.InferenceSession(source, options, providers=providers)
+        return create()
 
     def make(folder: Path, fresh: bool) -> Any:
         if not fresh:
@@ -141,7 +144,7 @@ def _create(
         options.optimized_model_filepath = str(folder / "graph.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "graph.onnx.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        return ort.InferenceSession(source, options, providers=providers)
+        return create()
 
     name = "whole" if part is None else part[0]
     return through_cache(cache, graph, ["onnxruntime", ort.__version__, name], make)
