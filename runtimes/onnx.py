@@ -11,6 +11,7 @@ import numpy as np
 from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 from edgedit.runtimes.graph_cache import through_cache
+from edgedit.runtimes.prompt_static import PromptStaticSession, open_split
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -62,6 +63,7 @@ class OnnxSession:
         label: str,
         *,
         arena: bool = True,
+        part: tuple[str, bytes] | None = None,
     ) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
@@ -77,7 +79,7 @@ class OnnxSession:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.label = label
         try:
-            self._session = _create(ort, graph, options, list(providers), cache)
+            self._session = _create(ort, graph, options, list(providers), cache, part)
         except (MemoryError, OSError) as error:
             raise BundleError(f"{label}: cannot be opened by ONNX Runtime: {_first_line(error)}") from error
         except Exception as error:
@@ -113,10 +115,27 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _create(ort: Any, graph: Path, options: Any, providers: list[str], cache: Path | None) -> Any:
-    """Create a session, through the cache of optimised graphs when there is one."""
+def _create(
+    ort: Any,
+    graph: Path,
+    options: Any,
+    providers: list[str],
+    cache: Path | None,
+    part: tuple[str, bytes] | None,
+) -> Any:
+    """Create a session, through the cache of optimised graphs when there is one.
+
+    `part` is a model made of a part of `graph`, with its name; its weights lie where the graph's do.
+    """
+
+    def create() -> Any:
+        if part is None:
+            return ort.InferenceSession(str(graph), options, providers=providers)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+        return ort.InferenceSession(part[1], options, providers=providers)
+
     if cache is None or providers != [CPU]:
-        return ort.InferenceSession(str(graph), options, providers=providers)
+        return create()
 
     def make(folder: Path, fresh: bool) -> Any:
         if not fresh:
@@ -125,9 +144,10 @@ def _create(ort: Any, graph: Path, options: Any, providers: list[str], cache: Pa
         options.optimized_model_filepath = str(folder / "graph.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "graph.onnx.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        return ort.InferenceSession(str(graph), options, providers=providers)
+        return create()
 
-    return through_cache(cache, graph, ["onnxruntime", ort.__version__], make)
+    name = "whole" if part is None else part[0]
+    return through_cache(cache, graph, ["onnxruntime", ort.__version__, name], make)
 
 
 class OnnxRuntime:
@@ -150,21 +170,24 @@ class OnnxRuntime:
             raise InputError("ONNX Runtime has no memory limit; leave it out, or use low_ram")
         self.bundle, self.options, self.providers = bundle, options, wanted
 
-    def open(self, component: str) -> OnnxSession:
-        """Open a component; on the CPU its fused form, when the bundle has one."""
+    def open(self, component: str) -> OnnxSession | PromptStaticSession:
+        """Open a component; on the CPU its fused form, when the bundle has one, and a transformer in two parts."""
         artefact = self.bundle.component(component).artefacts["onnx"]
         graph = artefact.graph
         if artefact.fused_graph is not None and self.providers == [CPU] and not self.options.standard_graph:
             graph = artefact.fused_graph.path
         label = f"{self.bundle.path.name}/{component}"
-        return OnnxSession(
-            self.bundle.file(graph),
-            self.providers,
-            self.options.threads,
-            self.options.graph_cache,
-            label,
-            arena=component not in WITHOUT_ARENA,
-        )
+        path, arena = self.bundle.file(graph), component not in WITHOUT_ARENA
+
+        def session(part: tuple[str, bytes] | None) -> OnnxSession:
+            threads, cache = self.options.threads, self.options.graph_cache
+            return OnnxSession(path, self.providers, threads, cache, label, arena=arena, part=part)
+
+        if component == "transformer" and self.providers == [CPU]:
+            divided = open_split(path, lambda name, model: session((name, model)), label)
+            if divided is not None:
+                return divided
+        return session(None)
 
     def open_piece(self, component: str, graph: str) -> OnnxSession:
         """Open one piece of a component that runs in tiles: `graph` is its file name beside the plan of the tiles."""

@@ -8,8 +8,7 @@ Where they are not, its own dynamic quantization of activations is switched on, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ import numpy as np
 from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 from edgedit.runtimes.graph_cache import through_cache
+from edgedit.runtimes.prompt_static import PROMPT_INPUTS, PromptStaticSession
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
     from edgedit.runtimes.base import RuntimeOptions
     from edgedit.runtimes.onnx import OnnxSession
 
-__all__ = ["OpenVinoRuntime", "OpenVinoSession", "group_size", "is_installed", "version"]
+__all__ = ["OpenVinoRuntime", "OpenVinoSession", "group_size", "open_session", "version"]
 
 #: Channels that share a scale may be no fewer: smaller groups cost more than they gain.
 SMALLEST_GROUP = 32
@@ -43,53 +43,75 @@ def _openvino() -> Any:
     return openvino
 
 
-def is_installed() -> bool:
-    """Whether OpenVINO can be imported; nothing is imported."""
-    return find_spec("openvino") is not None
-
-
 def version() -> str:
     """OpenVINO's version, as "2026.4.1". Raises RuntimeUnavailableError when it is not installed."""
     return str(_openvino().__version__).partition("-")[0]
 
 
-class OpenVinoSession:
-    """One component compiled by OpenVINO for the CPU.
+def open_session(
+    graph: Path, threads: int | None, cache: Path | None, label: str, *, int8: bool = False, divide: bool = False
+) -> OpenVinoSession | PromptStaticSession:
+    """A component compiled by OpenVINO for the CPU.
 
     Args:
         graph: a canonical ONNX graph; its weights may lie beside it.
         threads: None takes one for each physical core.
         cache: folder in which compiled graphs are kept; None keeps none.
         int8: the artefact was made to compute in 8 bits: activations are quantized as they come, see `group_size`.
+        divide: compute what depends on the prompt alone once a prompt, see `edgedit.runtimes.prompt_static`.
 
     Raises:
         RuntimeUnavailableError: OpenVINO is not installed.
         BundleError: OpenVINO does not take the graph.
     """
+    ov = _openvino()
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_PRECISION_HINT": "f32",
+        # Batches of pictures run several processes side by side; pinned, they would share the same cores.
+        "ENABLE_CPU_PINNING": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = ov.Core()
+        model = core.read_model(str(graph))
+        if int8:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(group_size(model))
 
-    def __init__(self, graph: Path, threads: int | None, cache: Path | None, label: str, *, int8: bool) -> None:
-        ov = _openvino()
+        def session(name: str, part: Any) -> OpenVinoSession:
+            if cache is None:
+                return OpenVinoSession(core.compile_model(part, "CPU", settings), label)
+            made = through_cache(
+                cache,
+                graph,
+                ["openvino", ov.__version__, name, repr(sorted(settings.items()))],
+                lambda folder, _: core.compile_model(part, "CPU", {**settings, "CACHE_DIR": str(folder)}),
+            )
+            return OpenVinoSession(made, label)
+
+        parts = _divided(ov, model) if divide else None
+        if parts is None:
+            return session("whole", model)
+        prompt, step, values = parts
+        return PromptStaticSession(session("prompt", prompt), session("step", step), values, label)
+    except (MemoryError, OSError) as error:
+        raise BundleError(f"{label}: cannot be opened by OpenVINO: {_reason(error)}") from error
+    except RuntimeError as error:
+        raise BundleError(
+            f"{label}: OpenVINO refuses the graph: {_reason(error)}; run it with --engine onnxruntime"
+        ) from error
+
+
+class OpenVinoSession:
+    """A compiled graph."""
+
+    def __init__(self, compiled: Any, label: str) -> None:
         self.label = label
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_PRECISION_HINT": "f32",
-            # Batches of pictures run several processes side by side; pinned, they would share the same cores.
-            "ENABLE_CPU_PINNING": False,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        }
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        try:
-            compiled = self._compile(ov, graph, settings, cache, int8)
-        except (MemoryError, OSError) as error:
-            raise BundleError(f"{label}: cannot be opened by OpenVINO: {_reason(error)}") from error
-        except RuntimeError as error:
-            raise BundleError(
-                f"{label}: OpenVINO refuses the graph: {_reason(error)}; run it with --engine onnxruntime"
-            ) from error
         self.inputs = {port.get_any_name(): port for port in compiled.inputs}
-        self.outputs = [(_name(port), port) for port in compiled.outputs]
+        self.outputs = [(str(port.get_any_name()), port) for port in compiled.outputs]
         self._request = compiled.create_infer_request()
 
     def executed(self) -> list[tuple[str, str]]:
@@ -99,20 +121,6 @@ class OpenVinoSession:
         nodes = self._request.get_compiled_model().get_runtime_model().get_ops()
         facts = [node.get_rt_info() for node in nodes]
         return [(str(fact["layerType"].value), str(fact["primitiveType"].value)) for fact in facts]
-
-    def _compile(self, ov: Any, graph: Path, settings: dict[str, Any], cache: Path | None, int8: bool) -> Any:
-        core = ov.Core()
-        model = core.read_model(str(graph))
-        if int8:
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(group_size(model))
-        if cache is None:
-            return core.compile_model(model, "CPU", settings)
-        return through_cache(
-            cache,
-            graph,
-            ["openvino", ov.__version__, repr(sorted(settings.items()))],
-            lambda folder, _: core.compile_model(model, "CPU", {**settings, "CACHE_DIR": str(folder)}),
-        )
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Evaluate the component once."""
@@ -172,8 +180,62 @@ def _rows_of_codes(node: Any) -> int:
     return rows if quantized and "blocks." in source.get_friendly_name() else 0
 
 
-def _name(port: Any) -> str:
-    return str(port.get_any_name())
+def _divided(ov: Any, model: Any) -> tuple[Any, Any, tuple[str, ...]] | None:
+    """The part of a model that depends on the prompt alone, the rest, and the names of what passes between them.
+
+    None where there is no such part. The model is taken apart.
+    """
+    depends: dict[str, frozenset[str]] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Parameter":
+            needs = frozenset({str(node.output(0).get_any_name())})
+        else:
+            needs = frozenset().union(*(depends[value.get_node().get_friendly_name()] for value in node.input_values()))
+        depends[node.get_friendly_name()] = needs
+    passed = []
+    for node in model.get_ordered_ops():
+        if depends[node.get_friendly_name()] and depends[node.get_friendly_name()] <= PROMPT_INPUTS:
+            for output in node.outputs():
+                users = [port for port in output.get_target_inputs() if _leaves(port, depends)]
+                if users and node.get_type_name() != "Parameter":
+                    passed.append((output, users))
+    if not passed:
+        return None
+    parameters, results = model.get_parameters(), model.get_results()
+    values, entries = [], []
+    for number, (output, users) in enumerate(passed):
+        values.append(f"from_prompt.{number}")
+        entry = ov.opset13.parameter(output.get_partial_shape(), output.get_element_type(), name=values[-1])
+        entry.output(0).set_names({values[-1]})
+        entries.append(entry)
+        for port in users:
+            port.replace_source_output(entry.output(0))
+    finals = [ov.opset13.result(output) for output, _ in passed]
+    for final, name in zip(finals, values, strict=True):
+        final.output(0).set_names({name})
+    text = [item for item in parameters if str(item.output(0).get_any_name()) in PROMPT_INPUTS]
+    prompt = ov.Model(finals, [item for item in text if _is_used(finals, item)])
+    step = ov.Model(results, [item for item in parameters if _is_used(results, item)] + entries)
+    return prompt, step, tuple(values)
+
+
+def _leaves(port: Any, depends: Mapping[str, frozenset[str]]) -> bool:
+    return not depends[port.get_node().get_friendly_name()] <= PROMPT_INPUTS
+
+
+def _is_used(results: Sequence[Any], parameter: Any) -> bool:
+    """Whether any of the results is computed from the parameter."""
+    seen, open_ = set(), list(results)
+    while open_:
+        node = open_.pop()
+        if node.get_friendly_name() == parameter.get_friendly_name():
+            return True
+        for value in node.input_values():
+            source = value.get_node()
+            if source.get_friendly_name() not in seen:
+                seen.add(source.get_friendly_name())
+                open_.append(source)
+    return False
 
 
 def _reason(error: BaseException) -> str:
@@ -202,16 +264,17 @@ class OpenVinoRuntime:
             raise InputError("execution providers are ONNX Runtime's; leave --provider out, or --engine openvino")
         self.bundle, self.options = bundle, options
 
-    def open(self, component: str) -> OpenVinoSession:
+    def open(self, component: str) -> OpenVinoSession | PromptStaticSession:
         """Open a component."""
         artefact = self.bundle.artefact(component, "onnx")
         return_large_blocks()
-        return OpenVinoSession(
+        return open_session(
             self.bundle.file(artefact.graph),
             self.options.threads,
             self.options.graph_cache,
             f"{self.bundle.path.name}/{component}",
             int8=artefact.precision.endswith("a8"),
+            divide=component == "transformer",
         )
 
     def open_piece(self, component: str, graph: str) -> OnnxSession:

@@ -86,7 +86,7 @@ def _bundle(name: str) -> str:
     from edgedit.errors import BundleError
 
     place, at, engine = name.rpartition("@")
-    for path, suffix in ((name, ""), (place, at + engine)):
+    for path, suffix in ((name, ""), *([(place, at + engine)] if place else [])):
         try:
             return f"{find_bundle(path, hub=False)}{suffix}"
         except BundleError:

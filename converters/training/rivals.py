@@ -200,6 +200,9 @@ def export_openvino(network: torch.nn.Module, inputs: Mapping[str, np.ndarray], 
     values = _taken(network, inputs)
     with torch.inference_mode():
         model = openvino.convert_model(network, example_input=values)
+    for port in model.inputs:
+        # The tracer leaves names of its own beside those of the arguments.
+        port.set_names(port.get_names() & values.keys())
     model.reshape({port: list(values[port.get_any_name()].shape) for port in model.inputs})
     if precision != "fp32":
         nncf = import_module("nncf")

@@ -47,22 +47,35 @@ def test_a_transformer_alone_can_be_timed(saved_pipeline: Saved, tmp_path: Path)
     assert report.components[0].shapes["latents"] == [1, 4, 8, 8]
 
 
-@pytest.mark.parametrize("kind", ["pixart-alpha", "sana-sprint"])
+@pytest.mark.parametrize(
+    ("kind", "names", "rounds"),
+    [("pixart-alpha", ["transformer"], 1), ("sana-sprint", ["transformer", "text_encoder", "decoder", "encoder"], 2)],
+    ids=["pixart-alpha", "sana-sprint"],
+)
 def test_torch_beside_the_bundle_computes_the_same_from_the_same_inputs(
-    saved_pipeline: Saved, tmp_path: Path, kind: str
+    saved_pipeline: Saved, tmp_path: Path, kind: str, names: list[str], rounds: int
 ) -> None:
-    edgedit.convert(saved_pipeline(kind)[1], tmp_path / "x.edgedit")
+    edgedit.convert(saved_pipeline(kind)[1], tmp_path / "x.edgedit", components=names)
     report = benchmark(
-        tmp_path / "x.edgedit", vs=["diffusers"], width=16, height=16, length=5, repeat=1, rounds=2, threads=1
+        tmp_path / "x.edgedit",
+        vs=["diffusers"],
+        components=names,
+        width=16,
+        height=16,
+        length=5,
+        repeat=1,
+        rounds=rounds,
+        threads=1,
     )
     ours, theirs = report.contenders
     assert report.reference == theirs.label == "diffusers"
     assert "torch" in theirs.runtime
+    assert [part.name for part in ours.components] == names
     for part, other in zip(ours.components, theirs.components, strict=True):
         assert part.agreement is not None
         assert part.agreement.relative_l2 < 1e-4, part.name
         assert other.agreement is None
-        assert len(part.seconds) == len(other.seconds) == 2
+        assert len(part.seconds) == len(other.seconds) == rounds
         assert other.ratio == pytest.approx(other.median_seconds / part.median_seconds)
 
 
@@ -71,8 +84,9 @@ def test_torch_beside_the_bundle_computes_the_same_from_the_same_inputs(
     [
         ("ort-export", ("onnxscript",), 1e-4),
         ("openvino", ("openvino",), 1e-4),
-        ("openvino-w8a8", ("openvino", "nncf"), 0.5),
+        pytest.param("openvino-w8a8", ("openvino", "nncf"), 0.5, marks=pytest.mark.full),
     ],
+    ids=["ort-export", "openvino", "openvino-w8a8"],
 )
 def test_what_others_export_is_timed_on_the_same_inputs(
     saved_pipeline: Saved, tmp_path: Path, name: str, packages: tuple[str, ...], tolerance: float

@@ -105,7 +105,12 @@ def test_what_fails_or_computes_something_else_is_not_chosen_and_says_why(bundle
 
 def test_guidance_in_one_batch_or_two_is_measured_and_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([[1.0], [0.4]] * 20)
-    monkeypatch.setattr(tuning, "_race", lambda bundle, name, inputs, runners, *rest: runners[0].seconds.append(1.0))
+
+    def race(bundle: Bundle, name: str, inputs: Path, runners: Any, *rest: Any) -> None:
+        for item in runners:
+            item.seconds.append(1.0)
+
+    monkeypatch.setattr(tuning, "_race", race)
     monkeypatch.setattr(tuning, "_turn", lambda *rest: next(times))
     found = tune(bundle.path, width=16, height=16, seconds=1e-9, components=["transformer"], threads=[1])
     assert found.guidance_seconds == (1.0, 0.8)
@@ -130,7 +135,7 @@ def test_a_record_chooses_form_and_threads_and_pictures_stay_the_same(bundle: Bu
     tuning_record.save(bundle, record())
     opened = open_runtime(bundle, "onnx", RuntimeOptions(engine="auto"))
     assert isinstance(opened, TunedRuntime)
-    assert np.allclose(draw(), plain, atol=1e-5)
+    assert np.linalg.norm(draw() - plain) < 1e-4 * np.linalg.norm(plain)
     assert isinstance(open_runtime(bundle, "onnx", RuntimeOptions(engine="onnxruntime")), OnnxRuntime)
     assert isinstance(open_runtime(bundle, "onnx", RuntimeOptions(engine="auto", providers=("cpu",))), OnnxRuntime)
     assert isinstance(open_runtime(bundle, "onnx"), OnnxRuntime)

@@ -201,10 +201,22 @@ def test_bench_times_the_components_that_are_asked_for(cli: Run, bundle: Path) -
     assert "32×16 px" in done.out
 
 
+def test_bench_beside_another_bundle_says_who_is_nearer_and_faster(cli: Run, bundle: Path) -> None:
+    flags = ["--components", "decoder", "--repeat", 1, "--rounds", 1, "-t", 1]
+    done = cli("bench", bundle, *flags, "--vs", f"{bundle}@onnxruntime")
+    assert done.status == 0, done.err
+    assert "tiny.edgedit@onnxruntime" in done.out
+    assert "reference" in done.out
+    assert "above 1 where the bundle is faster" in done.out
+    done = cli("bench", bundle, *flags, "--vs", "ollama")
+    assert done.status == 2
+    assert "--vs ollama: choose one of diffusers, ort-export" in done.err
+
+
 def test_no_command_prints_the_help(cli: Run) -> None:
     done = cli()
     assert done.status == 0
-    for command in ("generate", "convert", "inspect", "verify", "bench", "models"):
+    for command in ("generate", "convert", "inspect", "verify", "bench", "tune", "models"):
         assert command in done.out
         assert cli(command, "--help").status == 0
 
