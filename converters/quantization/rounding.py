@@ -32,7 +32,8 @@ def code_range(bits: int) -> tuple[int, int]:
 def nearest(weight: Float, scales: Float, bits: int) -> Codes:
     """Nearest codes; `scales` broadcasts against `weight`."""
     low, high = code_range(bits)
-    return np.clip(np.rint(weight / scales), low, high).astype(np.int8)
+    codes: Codes = np.clip(np.rint(weight / scales), low, high).astype(np.int8)
+    return codes
 
 
 def codes_and_scales(weight: Float, bits: int, axis: int) -> tuple[Codes, Float]:
