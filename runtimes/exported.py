@@ -27,7 +27,9 @@ class ExportedGraphs:
         path = self.folder / f"{stage}.{'onnx' if self.engine == 'onnxruntime' else 'xml'}"
         if not path.exists():
             raise InputError(f"nothing was exported for the stage {stage!r}")
-        return (_OnnxGraph if self.engine == "onnxruntime" else _OpenVinoGraph)(self._module, path, self.threads)
+        if self.engine == "onnxruntime":
+            return _OnnxGraph(self._module, path, self.threads)
+        return _OpenVinoGraph(self._module, path, self.threads, exact=self._precision == "fp32")
 
     def describe(self) -> dict[str, str]:
         """The engine and its version."""
@@ -56,8 +58,12 @@ class _OnnxGraph:
 
 
 class _OpenVinoGraph:
-    def __init__(self, openvino: Any, path: Path, threads: int | None) -> None:
+    """`exact`: in float32 also on a processor with bfloat16, where OpenVINO computes in that when nothing is said."""
+
+    def __init__(self, openvino: Any, path: Path, threads: int | None, *, exact: bool) -> None:
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if exact:
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
