@@ -42,8 +42,8 @@ class Windows:
         """A window's weights along an axis: 1 in its middle, rising and falling in a straight line over `overlap`."""
         side = min(self.side, length)
         places = np.arange(side, dtype=np.float32) + np.float32(0.5)
-        edge = np.minimum(places, side - places) / np.float32(max(self.overlap, 1))
-        return np.minimum(edge, np.float32(1))
+        edge: Floats = np.minimum(places, side - places) / np.float32(max(self.overlap, 1))
+        return edge.clip(max=np.float32(1))
 
     def places(self, height: int, width: int) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of every window, row by row."""
