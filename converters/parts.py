@@ -76,7 +76,7 @@ def _chain(graph: ir.Graph) -> list[ir.Value]:
     """The hidden states before the first block and after each, empty where they are not one value between any two."""
     moved = _descendants(graph, graph.inputs[0])
     blocks = 1 + max((block for node in graph if (block := _block(node)) is not None), default=-1)
-    chain = []
+    chain: list[ir.Value] = []
     for index in range(-1, blocks):
         here, following = None if index < 0 else index, index + 1 if index + 1 < blocks else None
         crossing = {

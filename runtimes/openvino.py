@@ -279,11 +279,13 @@ class OpenVinoRuntime:
 
     def open_piece(self, component: str, graph: str) -> OnnxSession:
         """Open one piece of a component that runs in tiles, in ONNX Runtime."""
-        return self._onnxruntime().open_piece(component, graph)
+        piece: OnnxSession = self._onnxruntime().open_piece(component, graph)
+        return piece
 
     def open_canonical(self, component: str) -> OnnxSession:
         """Open the canonical graph in ONNX Runtime: the reference that `verify` compares with."""
-        return self._onnxruntime().open_canonical(component)
+        session: OnnxSession = self._onnxruntime().open_canonical(component)
+        return session
 
     def _onnxruntime(self) -> Any:
         from edgedit.runtimes.onnx import OnnxRuntime

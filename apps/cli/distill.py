@@ -81,7 +81,7 @@ def distill(
     for flag, value in stray.items():
         if value is not None:
             raise InputError(f"{flag} does nothing for --component {component}; leave it out")
-    given = {
+    given: dict[str, object] = {
         "calibration": calibration,
         "budget": parse_budget(budget),
         "train_steps": train_steps,
@@ -89,7 +89,7 @@ def distill(
         "seed": seed,
         "device": device,
     }
-    chosen = {"learning_rate": learning_rate, "batch_size": batch_size, "width": width}
+    chosen: dict[str, object] = {"learning_rate": learning_rate, "batch_size": batch_size, "width": width}
     chosen |= {"method": method, "steps": steps, "guidance_scale": guidance_scale}
     given |= {name: value for name, value in chosen.items() if value is not None}
     report: DistillationReport | DecoderReport

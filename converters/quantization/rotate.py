@@ -31,7 +31,7 @@ def hadamard(size: int) -> Float:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    return np.asarray(matrix / np.sqrt(size), np.float32)
 
 
 def group_of(channels: int) -> int | None:

@@ -165,7 +165,8 @@ class _Probe:
         """Mean square error of the prediction with another weight, as a share of the prediction's energy."""
         errors = []
         for call, prediction in zip(self.calls, self.predictions, strict=True):
-            found = self._session.run(None, {**call, layer.value.name: weight})[0]
+            inputs = {**call, str(layer.value.name): weight}
+            found = self._session.run(None, inputs)[0]
             errors.append(((found - prediction).astype(np.float64) ** 2).mean())
         return float(np.mean(errors)) / self.energy
 

@@ -139,7 +139,8 @@ class TinyDecoderStage:
             got = self.modules(latents).float()
         difference = got - wanted
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-        return F.l1_loss(got, wanted) + EDGE_WEIGHT * edges
+        total: Tensor = F.l1_loss(got, wanted) + EDGE_WEIGHT * edges
+        return total
 
 
 def distill_decoder(
