@@ -43,7 +43,7 @@ def _print_sensitivity(component: str, found: Mapping[str, Any]) -> None:
     layers = found["layers"]
     worst = sorted(layers, key=lambda name: -max(choice["loss"] for choice in layers[name]["choices"]))
     print_line(
-        f"{component}: {megabytes(found['bytes'])} of weights for a predicted {decibels(found['psnr_db'])}; "
+        f"{component}: {megabytes(found['bytes'])} of weights for an estimated {decibels(found['psnr_db'])}; "
         f"loss of the prediction (share of its energy) by layer and bits:"
     )
     bits = sorted({choice["bits"] for layer in layers.values() for choice in layer["choices"]})

@@ -48,7 +48,7 @@ def balance(
     factor = factors(statistics.peaks, weights, share)
     value = input_of(layers[0])
     assert value is not None
-    inverse = np.asarray(1 / factor, np.float32)
+    inverse = (1 / factor).astype(np.float32)
     folded = scale_value(graph, value, inverse, [node for layer in layers for node in layer.nodes], layers[0].name)
     for layer in layers:
         change_weight(layer.value, lambda w: w * factor[:, None])

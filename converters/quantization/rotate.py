@@ -31,7 +31,8 @@ def hadamard(size: int) -> Float:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.asarray(matrix / np.sqrt(size), np.float32)
+    result: Float = (matrix / np.sqrt(size)).astype(np.float32)
+    return result
 
 
 def group_of(channels: int) -> int | None:

@@ -163,10 +163,11 @@ class _Probe:
 
     def loss(self, layer: Layer, weight: Float) -> float:
         """Mean square error of the prediction with another weight, as a share of the prediction's energy."""
+        name = layer.value.name
+        assert name is not None
         errors = []
         for call, prediction in zip(self.calls, self.predictions, strict=True):
-            inputs = {**call, str(layer.value.name): weight}
-            found = self._session.run(None, inputs)[0]
+            found = self._session.run(None, {**call, name: weight})[0]
             errors.append(((found - prediction).astype(np.float64) ** 2).mean())
         return float(np.mean(errors)) / self.energy
 

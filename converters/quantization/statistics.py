@@ -26,20 +26,31 @@ class InputStatistics:
     Attributes:
         peaks: largest absolute value by channel [K].
         rows: how many rows of X were seen.
+        distinct: how many of them differ: what depends on the timestep alone has one a step.
         load: reads X^T X [K, K] as it was measured, None where it was not.
         change: what turns these into those of the inputs as they are now.
     """
 
     peaks: Float
     rows: int
+    distinct: int
     load: Callable[[], Float] | None
     change: Callable[[Float], Float] | None = None
 
     def moments(self) -> Float:
-        """X^T X of the inputs as they are now, float32 [K, K]."""
+        """X^T X of the inputs as they are now, float32 [K, K], shrunk towards its diagonal where few rows differ.
+
+        Ten inputs say nothing of how 256 channels go together: rounding would fit those ten and fail at the next. The
+        share of the diagonal, K / (K + distinct), is near one for such layers and near zero for those that see tokens
+        (shrinkage as in Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices").
+        """
         if self.load is None:
             raise ValueError("second moments were not measured")
         found = self.load()
+        share = np.float32(len(found) / (len(found) + self.distinct))
+        diagonal = np.diag(found).copy()
+        found = found * (1 - share)
+        np.fill_diagonal(found, diagonal)
         return found if self.change is None else self.change(found)
 
     def then(self, change: Callable[[Float], Float], peaks: Float) -> InputStatistics:
@@ -73,6 +84,7 @@ class Observer:
         self.with_moments = {value for value, names in self.groups.items() if moments.intersection(names)}
         self.widths = {value: layers[names[0]].shape[0] for value, names in self.groups.items()}
         self._sums: dict[ir.Value, dict[str, npt.NDArray[Any]]] = {}
+        self._seen: dict[ir.Value, set[float]] = {}
 
     def _key(self, value: ir.Value) -> str:
         return f"{self.component} {self.groups[value][0]} {value in self.with_moments}"
@@ -96,6 +108,9 @@ class Observer:
                 f"in calibration (call {index + 1}); check the checkpoint, or convert without --calibration"
             )
         sums = self._sums.setdefault(value, {"peaks": np.zeros_like(peaks), "rows": np.zeros((), np.int64)})
+        # Rows are told apart by one projection of each: exact equality is what repeated inputs have.
+        projected = rows @ np.random.default_rng(0).standard_normal(rows.shape[1], dtype=np.float32)
+        self._seen.setdefault(value, set()).update(np.unique(projected).tolist())
         sums["peaks"] = np.maximum(sums["peaks"], peaks)
         sums["rows"] += len(rows)
         if value in self.with_moments:
@@ -107,7 +122,8 @@ class Observer:
         for value, sums in self._sums.items():
             if "moments" in sums:
                 self.work.save("moments", self._key(value), {"moments": sums.pop("moments")})
-            self.work.save("statistics", self._key(value), sums)
+            distinct = np.array(len(self._seen.pop(value)))
+            self.work.save("statistics", self._key(value), {**sums, "distinct": distinct})
         self._sums.clear()
 
     def statistics(self) -> dict[str, InputStatistics]:
@@ -118,7 +134,7 @@ class Observer:
             stored = self.work.load("statistics", key)
             assert stored is not None
             load = self._loader(key) if value in self.with_moments else None
-            one = InputStatistics(stored["peaks"], int(stored["rows"]), load)
+            one = InputStatistics(stored["peaks"], int(stored["rows"]), int(stored["distinct"]), load)
             found.update(dict.fromkeys(names, one))
         return found
 

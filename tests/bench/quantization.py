@@ -59,7 +59,8 @@ def rows(source: Path, forms: Sequence[str], count: int, *, steps: int | None, s
             extra = {}
             record = bundle / "quantization" / "transformer.json"
             if record.exists() and "sensitivity" in (told := json.loads(record.read_text())):
-                extra = {key: told["sensitivity"][key] for key in ("psnr_db", "average_bits")}
+                found_by = told["sensitivity"]
+                extra = {"predicted_db": found_by["psnr_db"], "average_bits": found_by["average_bits"]}
         reference = reference or pictures
         tables, _ = score(pictures, prompts)
         table = tables["all prompts"]

@@ -34,7 +34,7 @@ def rng() -> np.random.Generator:
 
 def some_statistics(width: int, rng: np.random.Generator) -> InputStatistics:
     x = (rng.standard_normal((300, width)) * np.exp(rng.normal(size=width))).astype(np.float32)
-    return InputStatistics(np.abs(x).max(0), len(x), lambda: x.T @ x)
+    return InputStatistics(np.abs(x).max(0), len(x), 10**9, lambda: x.T @ x)
 
 
 @pytest.mark.parametrize("methods", [{"balance": 0.5}, {"rotate": True}, {"balance": 0.3, "rotate": True}], ids=str)
@@ -83,11 +83,20 @@ def test_second_moments_follow_what_is_done_to_the_inputs(
         x = session.run([value.name], inputs)[0]
         x = x.reshape(-1, x.shape[-1])
         found.append(x.T @ x)
-        known[name] = InputStatistics(np.abs(x).max(0), len(x), lambda: found[0])
+        known[name] = InputStatistics(np.abs(x).max(0), len(x), 10**9, lambda: found[0])
     moments = prepared.statistics[name].moments()
     assert np.linalg.norm(moments - found[1]) / np.linalg.norm(found[1]) < 1e-4
     if not methods.get("rotate"):
         np.testing.assert_allclose(prepared.statistics[name].peaks ** 2, known[name].peaks ** 2, rtol=1e-3)
+
+
+def test_few_different_inputs_say_little_of_how_channels_go_together(rng: np.random.Generator) -> None:
+    x = np.tile(rng.standard_normal((10, 64)).astype(np.float32), (40, 1))
+    for distinct, share in ((10, 64 / 74), (64 * 99, 0.01)):
+        moments = InputStatistics(np.abs(x).max(0), len(x), distinct, lambda: x.T @ x).moments()
+        whole = x.T @ x
+        np.testing.assert_allclose(np.diag(moments), np.diag(whole), rtol=1e-5)
+        np.testing.assert_allclose(moments[0, 1:], (1 - share) * whole[0, 1:], rtol=1e-3, atol=1e-3)
 
 
 def test_factors_are_smoothquants_and_one_where_nothing_is_known() -> None:
