@@ -46,7 +46,8 @@ def split_graph(path: Path) -> Split | None:
     if any(a.type in (a.GRAPH, a.GRAPHS) for node in graph.node for a in node.attribute):
         return None
     depends: dict[str, frozenset[str]] = {name: frozenset({name}) for name in inputs}
-    prompt, step = [], []
+    prompt: list[int] = []
+    step: list[int] = []
     for index, node in enumerate(graph.node):
         needs: frozenset[str] = frozenset().union(*(depends.get(name, frozenset()) for name in node.input))
         depends.update(dict.fromkeys(node.output, needs))
@@ -95,8 +96,8 @@ def _part(model: Any, chosen: list[int], inputs: list[Any], outputs: list[Any]) 
 class _Part(Protocol):
     """A session of one part; `inputs` holds the names that it takes."""
 
-    inputs: Mapping[str, Any]
-
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
     def close(self) -> None: ...
 

@@ -175,6 +175,7 @@ def export_onnx(network: torch.nn.Module, inputs: Mapping[str, np.ndarray], path
     assert program is not None
     for node in list(program.model.graph):
         if node.op_type == "Squeeze" and _keeps_shape(node):
+            assert node.inputs[0] is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
             program.model.graph.remove(node, safe=True)
     program.save(path, external_data=True)
