@@ -24,7 +24,7 @@ def test_a_step_of_sana_has_one_token_for_32_pixels(tmp_path: Path) -> None:
     assert "256 px" in (tmp_path / "sana-b1.md").read_text()
 
 
-@pytest.mark.parametrize("case", ["lit", "kl"])
+@pytest.mark.parametrize("case", ["lit", pytest.param("kl", marks=pytest.mark.full)])
 def test_a_case_gives_a_table_with_times_and_fidelity(case: str, tmp_path: Path) -> None:
     sides = ["--pixels", "32", "--vs", "diffusers", "--dtypes", "fp32", "w8a8"]
     beside.main([case, *SMALL, *sides, "--out", str(tmp_path)])
