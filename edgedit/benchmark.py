@@ -18,6 +18,7 @@ from edgedit.bench.spawn import call_alone
 from edgedit.bundle import Bundle, open_bundle
 from edgedit.errors import InputError
 from edgedit.example_inputs import example_inputs
+from edgedit.manifest import Latents
 
 __all__ = ["BenchmarkReport", "ComponentTimes", "ContenderReport", "benchmark", "picture_size", "stage_inputs"]
 
@@ -86,7 +87,7 @@ def benchmark(
         for index, plan in enumerate(plans):
             own = folder / str(index)
             own.mkdir()
-            plan.stages = _own_inputs(plan, common, columns, rows, length, batch, own)
+            plan.stages = _own_inputs(plan, common, (columns, rows, length, batch), own, bundle.manifest.latents)
             if plan.export is not None:
                 tell(f"export for {plan.label}")
                 order = {**plan.export, "stages": _paths(plan.stages), "folder": str(own)}
@@ -138,10 +139,16 @@ def picture_size(bundle: Bundle, width: int | None, height: int | None) -> tuple
     return columns, rows
 
 
-def stage_inputs(bundle: Bundle, name: str, width: int, height: int, length: int, batch: int) -> dict[str, np.ndarray]:
-    """Noise for a component of a picture of `width` × `height` pixels, with all text tokens in use."""
+def stage_inputs(
+    bundle: Bundle, name: str, width: int, height: int, length: int, batch: int, space: Latents | None = None
+) -> dict[str, np.ndarray]:
+    """Noise for a component of a picture of `width` × `height` pixels, with all text tokens in use.
+
+    `space` is the latent space; by default the bundle's own. A transformer alone has none: it then counts as 8 pixels
+    to a latent.
+    """
     entry = bundle.component(name)
-    space = bundle.manifest.latents
+    space = space or bundle.manifest.latents
     factor = space.scale_factor if space else int(str(entry.config.get("scale_factor", 8)))
     patch = int(str(entry.config.get("patch_size", 1)))
     tokens = (height // factor // patch, width // factor // patch)
@@ -161,14 +168,18 @@ def _write_inputs(
 
 
 def _own_inputs(
-    plan: ContenderPlan, common: Mapping[str, Path], width: int, height: int, length: int, batch: int, folder: Path
+    plan: ContenderPlan,
+    common: Mapping[str, Path],
+    sizes: tuple[int, int, int, int],
+    folder: Path,
+    space: Latents | None,
 ) -> Mapping[str, Path]:
     """The inputs of a contender: those of the bundle; of another bundle its own, filled with the bundle's by name."""
     if "path" not in plan.settings:
         return common
     other, paths = open_bundle(plan.settings["path"]), {}
     for name, path in common.items():
-        values = stage_inputs(other, name, width, height, length, batch)
+        values = stage_inputs(other, name, *sizes, space)
         with np.load(path) as given:
             for key in values.keys() & given.keys():
                 if values[key].shape != given[key].shape:

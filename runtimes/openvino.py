@@ -17,12 +17,12 @@ import numpy as np
 from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 from edgedit.runtimes.graph_cache import through_cache
+from edgedit.runtimes.onnx import OnnxRuntime, OnnxSession
 from edgedit.runtimes.prompt_static import PROMPT_INPUTS, PromptStaticSession
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
     from edgedit.runtimes.base import RuntimeOptions
-    from edgedit.runtimes.onnx import OnnxSession
 
 __all__ = ["OpenVinoRuntime", "OpenVinoSession", "group_size", "open_session", "version"]
 
@@ -287,9 +287,7 @@ class OpenVinoRuntime:
         session: OnnxSession = self._onnxruntime().open_canonical(component)
         return session
 
-    def _onnxruntime(self) -> Any:
-        from edgedit.runtimes.onnx import OnnxRuntime
-
+    def _onnxruntime(self) -> OnnxRuntime:
         return OnnxRuntime(self.bundle, self.options)
 
     def describe(self) -> dict[str, str]:

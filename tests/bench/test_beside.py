@@ -16,7 +16,15 @@ pytest.importorskip("openvino")
 SMALL = ["--quick", "--batch", "1", "--length", "5", "--threads", "1", "--repeat", "1", "--rounds", "1"]
 
 
-@pytest.mark.parametrize("case", ["lit", "kl"])
+def test_a_step_of_sana_has_one_token_for_32_pixels(tmp_path: Path) -> None:
+    flags = ["--pixels", "256", "--vs", "--dtypes", "fp32", "--out", str(tmp_path)]
+    beside.main(["sana", *SMALL, *flags])
+    (first, _) = json.loads((tmp_path / "sana-b1.json").read_text())["contenders"]
+    assert first["components"][0]["shapes"]["latents"] == [1, 4, 8, 8]
+    assert "256 px" in (tmp_path / "sana-b1.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["lit", pytest.param("kl", marks=pytest.mark.full)])
 def test_a_case_gives_a_table_with_times_and_fidelity(case: str, tmp_path: Path) -> None:
     sides = ["--pixels", "32", "--vs", "diffusers", "--dtypes", "fp32", "w8a8"]
     beside.main([case, *SMALL, *sides, "--out", str(tmp_path)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform == "win32", reason="reads a child's peak memory with wait4")
 def test_time_to_a_picture_is_measured_beside_diffusers(tmp_path: Path) -> None:
     script = Path(__file__).parent / "picture.py"

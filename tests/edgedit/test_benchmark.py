@@ -55,7 +55,7 @@ def test_a_transformer_alone_can_be_timed(saved_pipeline: Saved, tmp_path: Path)
 def test_torch_beside_the_bundle_computes_the_same_from_the_same_inputs(
     saved_pipeline: Saved, tmp_path: Path, kind: str, names: list[str], rounds: int
 ) -> None:
-    edgedit.convert(saved_pipeline(kind)[1], tmp_path / "x.edgedit", components=names)
+    edgedit.convert(saved_pipeline(kind)[1], tmp_path / "x.edgedit")
     report = benchmark(
         tmp_path / "x.edgedit",
         vs=["diffusers"],
