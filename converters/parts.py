@@ -53,6 +53,10 @@ def write_parts(root: Path, component: str, artefact: OnnxArtefact) -> OnnxArtef
         part = ir.convenience.extract(graph, known, outputs)
         for value in [value for value in part.inputs if not value.uses() and not value.is_graph_output()]:
             part.inputs.remove(value)
+        # `extract` leaves them in no particular order, and a conversion writes the same bytes every time.
+        held = {name: part.initializers[name] for name in graph.initializers if name in part.initializers}
+        part.initializers.clear()
+        part.initializers.update(held)
         path = source.parent / f"{component}.part{index}.onnx"
         ir.save(ir.Model(part, ir_version=model.ir_version, producer_name="edgedit"), path)
         files.append(path)

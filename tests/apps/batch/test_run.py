@@ -77,6 +77,7 @@ def test_a_batch_draws_what_generate_draws_to_the_byte(
             name = f"0000/{job['id']}{f'-{seed}' if 'seeds' in job else ''}.png"
             recipe = read_recipe(tmp_path / "out" / name)
             command = ["generate", job["prompt"], "-m", str(bundle), "-t", "1", "-s", str(recipe["seed"]), "-q"]
+            command.append("--force-size")
             for key, flag in (("steps", "--steps"), ("size", "--size"), ("negative_prompt", "-n"), ("rng", "--rng")):
                 command += [flag, str(job[key])] if key in job else []
             for key, flag in (("sampler", "--sampler"), ("guidance_scale", "--cfg"), ("strength", "--strength")):
