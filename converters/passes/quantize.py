@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from edgedit.converters.passes.int8_pointwise import is_pointwise, remove_unused, tokens_product
 from edgedit.converters.quantization.encode import Encoded, encode
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer, find_layers, fitted, layer_name
@@ -75,7 +76,8 @@ def _loader(layer: Layer, form: Form, encode: Encode) -> Callable[[], Mapping[st
 
 
 class Int8MatMul(ir.passes.InPlacePass):
-    """The CPU form of matrices with 8-bit activations: one `DynamicQuantizeMatMul` of ONNX Runtime each.
+    """The CPU form of matrices and 1×1 convolutions with 8-bit activations: one `DynamicQuantizeMatMul` of ONNX Runtime
+    each.
 
     Activations become uint8 with the range of the tensor at hand. Weights of fewer bits are expanded to int8 when the
     graph is opened.
@@ -92,8 +94,17 @@ class Int8MatMul(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         for node in list(graph):
-            source = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
+            is_product = node.op_type == "MatMul" or is_pointwise(node)
+            source = node.inputs[1].producer() if is_product and node.inputs[1] is not None else None
             if source is None or source.op_type != "DequantizeLinear" or not self._takes(source):
+                continue
+            self.changes += 1
+            if node.op_type == "Conv":
+                codes, scales = source.inputs[:2]
+                assert codes is not None
+                assert scales is not None
+                tokens_product(graph, node, codes, scales)
+                remove_unused(graph, source)
                 continue
             codes, scales = _int8_codes(graph, source)
             fused = ir.Node(
@@ -104,8 +115,7 @@ class Int8MatMul(ir.passes.InPlacePass):
             graph.insert_before(node, fused)
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             graph.remove(node, safe=True)
-            _remove_unused(graph, source)
-            self.changes += 1
+            remove_unused(graph, source)
         if self.changes:
             graph.opset_imports["com.microsoft"] = 1
         return ir.passes.PassResult(model, modified=bool(self.changes))
@@ -147,14 +157,3 @@ def _int8_codes(graph: ir.Graph, source: ir.Node) -> tuple[ir.Value, ir.Value]:
     each = made("Unsqueeze", [factors, constant([1], "axis")], "each")
     whole = made("Reshape", [made("Mul", [grouped, each], "multiplied"), constant([rows, columns], "sides")], "whole")
     return made("Cast", [whole], "int8", ir.AttrInt64("to", int(ir.DataType.INT8))), channel
-
-
-def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove a node that nobody uses, and what was there for it alone."""
-    if any(output.uses() or output.is_graph_output() for output in node.outputs):
-        return
-    producers = [value.producer() for value in node.inputs if value is not None]
-    graph.remove(node, safe=True)
-    for producer in dict.fromkeys(producers):
-        if producer is not None and producer.graph is graph:
-            _remove_unused(graph, producer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgedit.converters.passes.int8_pointwise import is_pointwise
 from edgedit.converters.quantization.form import BLOCKS, Form
 
 __all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
@@ -29,6 +30,11 @@ class Layer:
     kind: str
     value: ir.Value
     shape: tuple[int, ...]
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether there is int8 arithmetic for it: a matrix, or a 1×1 convolution."""
+        return self.kind == "matrix" or (self.kind == "convolution" and all(is_pointwise(node) for node in self.nodes))
 
     @property
     def nodes(self) -> list[ir.Node]:
@@ -75,13 +81,13 @@ def block_of(rows: int, wanted: int) -> int | None:
 def fitted(form: Form, layer: Layer) -> Form:
     """What a form becomes on a layer.
 
-    Convolutions and tables have 8 bits at least and no methods; a matrix whose inputs divide into no block, or whose
-    outputs do not fill a byte, takes the next wider form that it can have.
+    Convolutions and tables have 8 bits at least and no methods, and int8 arithmetic only where they are 1×1; a matrix
+    whose inputs divide into no block, or whose outputs do not fill a byte, takes the next wider form that it can have.
     """
     if not form.is_coded:
         return Form(form.bits)
     if layer.kind != "matrix":
-        return Form(8)
+        return Form(8, int8_activations=form.int8_activations and layer.has_int8)
     if form.format == "palette" and layer.shape[1] % (8 // form.bits):
         return fitted(
             Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer

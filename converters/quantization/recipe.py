@@ -65,10 +65,10 @@ class Recipe:
             matched = [name for name in layers if fnmatchcase(name, rule.pattern)]
             if not matched and self.strict:
                 raise ConversionError(self._no_layer(component, rule.pattern, layers))
-            if self.strict and rule.form.int8_activations and all(layers[n].kind != "matrix" for n in matched):
+            if self.strict and rule.form.int8_activations and not any(layers[n].has_int8 for n in matched):
                 raise ConversionError(
-                    f"{self.name}: [{component}] {rule.pattern!r} matches no matrix, and only matrices compute in "
-                    "int8; leave activations out"
+                    f"{self.name}: [{component}] {rule.pattern!r} matches no matrix, and only matrices and 1x1 "
+                    "convolutions compute in int8; leave activations out"
                 )
             for name in matched:
                 form = fitted(rule.form, layers[name])

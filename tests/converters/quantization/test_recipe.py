@@ -122,7 +122,9 @@ def test_a_single_layer_is_not_quietly_given_something_else(tmp_path: Path) -> N
 
 def test_int8_arithmetic_is_refused_where_nothing_can_have_it(tmp_path: Path) -> None:
     recipe = read('[decoder]\n"conv*" = {bits = 8, activations = "int8"}', tmp_path)
-    with pytest.raises(ConversionError, match="matches no matrix, and only matrices compute in int8"):
+    with pytest.raises(
+        ConversionError, match="matches no matrix, and only matrices and 1x1 convolutions compute in int8"
+    ):
         recipe.resolve("decoder", LAYERS)
 
 
