@@ -34,7 +34,9 @@ class Layer:
     @property
     def has_int8(self) -> bool:
         """Whether there is int8 arithmetic for it: a matrix, or a 1×1 convolution."""
-        return self.kind == "matrix" or (self.kind == "convolution" and all(is_pointwise(node) for node in self.nodes))
+        if self.kind != "convolution":
+            return self.kind == "matrix"
+        return bool(self.nodes) and all(is_pointwise(node) for node in self.nodes)
 
     @property
     def nodes(self) -> list[ir.Node]:
