@@ -58,7 +58,7 @@ def assign(table: Sensitivity, *, size: float | None = None, loss: float | None 
         options={"mip_rel_gap": 1e-6},
     )
     if found.x is None:
-        raise ConversionError("no choice of forms keeps the budget")
+        raise ConversionError("no choice of forms keeps the budget; allow a larger size, or fewer decibels")
     return {name: choice for (name, choice), taken in zip(flat, found.x, strict=True) if taken > 0.5}
 
 

@@ -20,6 +20,7 @@ and fresh noise leads to the next level. The teacher's own samples stand in for 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def _hidden(network: nn.Module, prefix: str = "") -> set[str]:
     }
 
 
-class DistillationStage:
+class DistillationStage(ABC):
     """What the methods share; heirs say what the loss is.
 
     Args:
@@ -101,9 +102,9 @@ class DistillationStage:
         # A model without classifier-free guidance has nothing to distil in.
         self.scale = calibration.guidance_scale
 
+    @abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of a step."""
-        raise NotImplementedError
 
     def guided(self, x: Tensor, s: Tensor, text: Text) -> Tensor:
         """The teacher's velocity under guidance."""

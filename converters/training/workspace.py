@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ import torch
 from edgedit.converters.training.calibration import Calibration, embed_prompts, sample_latents
 from edgedit.converters.training.denoisers import Denoiser, Text
 from edgedit.converters.training.loop import load_file, save_file
-from edgedit.errors import ConversionError, InputError
+from edgedit.converters.work_folder import WorkFolder
 
 __all__ = ["OnProgress", "Workspace", "digest"]
 
@@ -26,36 +24,8 @@ OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
 """Stage, done, total, and figures such as the loss."""
 
 
-class Workspace:
-    """Intermediate results of one run.
-
-    Args:
-        output: the checkpoint to be made.
-        options: everything that the result depends on, as JSON.
-
-    Raises:
-        ConversionError: the folder cannot be made.
-        InputError: an unfinished run with other options is there.
-    """
-
-    def __init__(self, output: Path, options: Mapping[str, Any]) -> None:
-        self.folder = output.absolute().with_name(f".{output.name}.work")
-        wanted = json.dumps(options, sort_keys=True, indent=1)
-        try:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / "options.json"
-            if path.exists() and path.read_text(encoding="utf-8") != wanted:
-                raise InputError(
-                    f"{self.folder} holds an unfinished run with other options; "
-                    "give the same ones to go on, or delete it to begin again"
-                )
-            path.write_text(wanted, encoding="utf-8")
-        except OSError as error:
-            raise ConversionError(f"{self.folder} cannot be written ({error.strerror}); choose another place") from None
-
-    def remove(self) -> None:
-        """The run is over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+class Workspace(WorkFolder):
+    """Intermediate results of one run: prompts, the teacher's samples, checkpoints of stages, and loss curves."""
 
     def path(self, name: str) -> Path:
         """A file of the folder."""
