@@ -101,7 +101,7 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same(
         convert(quantizable, bundle, prompts)
     assert not bundle.exists()
     assert (tmp_path / ".again.edgedit.work").is_dir()
-    with pytest.raises(InputError, match="unfinished conversion with other options"):
+    with pytest.raises(InputError, match="unfinished run with other options"):
         convert(quantizable, bundle, "self")
     again: list[int] = []
     monkeypatch.setattr(methods, "encode", lambda *arguments: (again.append(1), encode(*arguments))[1])
