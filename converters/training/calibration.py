@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ __all__ = [
     "noise_of_samples",
     "read_prompts",
     "sample_latents",
+    "trajectory",
 ]
 
 SAMPLE_STEPS = 20
@@ -107,7 +108,7 @@ def embed_prompts(
 
 
 @torch.no_grad()
-def draw_latents(
+def trajectory(
     denoiser: Denoiser,
     noise: Tensor,
     text: Text,
@@ -115,15 +116,16 @@ def draw_latents(
     *,
     guidance_scale: float,
     levels: npt.NDArray[np.float64],
-) -> Tensor:
-    """Draws latents with DPM-Solver++ 2M on the straight path (Lu et al. 2022, algorithm 2).
+) -> Iterator[Tensor]:
+    """The latents at each of `levels`, by DPM-Solver++ 2M on the straight path (Lu et al. 2022, algorithm 2).
 
     Args:
-        noise: unit noise (B, C, H, W).
-        levels: falling levels s that end at 0.
+        noise: unit noise (B, C, H, W), the first that is given.
+        levels: falling levels s, from that of the noise.
     """
     x, before, last_step = noise.float(), None, 0.0
     for now, then in itertools.pairwise(levels):
+        yield x
         s = torch.full((len(x),), float(now), device=x.device)
         clean = x - float(now) * guided(denoiser, x, s, text, empty, guidance_scale)
         if then <= 0:
@@ -137,7 +139,21 @@ def draw_latents(
         x = ratio * x + (1 - float(then) - ratio * (1 - float(now))) * estimate
         # Pure noise is an infinite step away from everything, so there is no second order right after it.
         before, last_step = (clean, step) if now < 1 else (None, 0.0)
-    return x
+    yield x
+
+
+def draw_latents(
+    denoiser: Denoiser,
+    noise: Tensor,
+    text: Text,
+    empty: Text,
+    *,
+    guidance_scale: float,
+    levels: npt.NDArray[np.float64],
+) -> Tensor:
+    """The end of a `trajectory`, whose levels end at 0."""
+    states = trajectory(denoiser, noise, text, empty, guidance_scale=guidance_scale, levels=levels)
+    return list(states)[-1]
 
 
 def _log_snr(s: float) -> float:
