@@ -112,7 +112,7 @@ def _shortfall(found: Tensor, wanted: Tensor) -> Tensor:
 
 def claims_loss(reading: Reading, claims: ClaimBatch) -> Tensor:
     """Loss (B,) of a reading against claims: 0 when every claim is read for sure and nothing else is there."""
-    batch, cells = reading.centre.shape
+    cells = reading.centre.shape[1]
     grid = round(cells**0.5)
     centre = torch.sigmoid(reading.centre)
     count, shape, colour, size, place = claims.groups.unbind(-1)

@@ -46,6 +46,7 @@ __all__ = [
     "begin_from",
     "main",
     "parse_budget",
+    "save_transformer",
     "train_autoencoder",
     "train_decoder",
     "train_text_encoder",
@@ -123,14 +124,15 @@ def train_transformer(
         latents, scenes, text_encoder, seed=seed, device=device, batch_size=batch_size, compiled=compiled
     )
     averaged = run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
-    _save_transformer(averaged, run_dir / TRANSFORMER)
+    save_transformer(averaged, run_dir / TRANSFORMER)
 
 
 READER_STEPS = 800
 """Steps of the latent reader's training."""
 
 
-def _save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
+def save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
+    """Writes the transformer's part of a stage's averaged weights."""
     prefix = "transformer."
     weights = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
     save_file({"averaged": weights}, path)
@@ -162,7 +164,7 @@ def align_transformer(run_dir: Path, budget: Budget, *, seed: int, device: torch
     )
     stage = AlignmentStage(flow, denoiser, reading.modules, captions, shape=latents.shape[1:], seed=seed, device=device)
     averaged = run_stage(stage, run_dir, budget, log=_say, warm_up=30, decay_share=0.4, ema_decay=0.99)
-    _save_transformer(averaged, run_dir / ALIGNED)
+    save_transformer(averaged, run_dir / ALIGNED)
 
 
 def begin_from(folder: Path, run_dir: Path) -> None:

@@ -71,7 +71,7 @@ def test_one_wrong_attribute_costs(attribute: str) -> None:
 
 def test_the_loss_draws_a_reader_to_what_is_claimed() -> None:
     torch.manual_seed(int(np.random.default_rng().integers(2**31)))
-    scenes, claims = draw(8)
+    _scenes, claims = draw(8)
     reader = LatentReader(4, width=16, depth=1)
     latents = torch.randn(8, 4, GRID, GRID, requires_grad=True)
     batch = ClaimBatch.of(claims)

@@ -17,7 +17,7 @@ from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mea
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
 from edgedit.converters.training.evaluate import held_out_prompts, open_model, score
-from edgedit.converters.training.export import CALIBRATION_PROMPTS, export_pipeline
+from edgedit.converters.training.export import CALIBRATION_PROMPTS, TRANSFORMER, export_pipeline
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
@@ -169,7 +169,8 @@ def test_latents_are_cached_and_read_back(tmp_path: Path) -> None:
 
 
 def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    averaged = run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    train.save_transformer(averaged, tmp_path / TRANSFORMER)
     torch.manual_seed(1)
     save_file({"averaged": build_text_encoder(TINY_TEXT).state_dict()}, tmp_path / "text-encoder-final.pt")
     tiny = AutoencoderKL(**TINY_AUTOENCODER)
@@ -186,12 +187,14 @@ def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, mo
     assert type(pipeline).__name__ == "PixArtSigmaPipeline"
     stored = load_safetensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    trained = load_file(tmp_path / "transformer.pt")["averaged"]["transformer.proj_out.bias"]
+    trained = averaged["transformer.proj_out.bias"]
     assert torch.equal(pipeline.transformer.proj_out.bias.data.half(), trained.half())
     assert len((folder / "calibration.txt").read_text().splitlines()) == CALIBRATION_PROMPTS
     prompts = held_out_prompts(3, seed=0)
     with open_model(folder, steps=2, guidance_scale=2.0) as draw:
         pictures = draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])
+        alone = [draw([prompt.text], [prompt.seed])[0] for prompt in prompts]
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, alone, strict=True))
     tables, scores = score(pictures, prompts)
     assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 3
     assert len(scores) == 3

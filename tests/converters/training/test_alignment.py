@@ -1,0 +1,111 @@
+"""Alignment with claims, on a transformer small enough to be moved in a few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from edgedit.converters.training.alignment import CYCLE, STATES, AlignmentStage, ReaderStage, SceneCaptions
+from edgedit.converters.training.data import training_scenes
+from edgedit.converters.training.denoisers import Denoiser
+from edgedit.converters.training.export import build_scheduler
+from edgedit.converters.training.latent_reader import LatentReader
+from edgedit.converters.training.teacher import PlainAttention, TeacherStage, build_transformer
+from edgedit.converters.training.text_encoder import build_text_encoder
+from edgedit.schedules import schedule_config_from_diffusers
+
+CPU = torch.device("cpu")
+TEXT: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "sample_size": 16,
+    "patch_size": 2,
+    "caption_channels": 16,
+    "interpolation_scale": 1,
+    "use_additional_conditions": False,
+}
+
+
+def stages(seed: int, *, weight: float = 0.05) -> tuple[ReaderStage, AlignmentStage, PixArtTransformer2DModel]:
+    torch.manual_seed(seed)
+    transformer = build_transformer(TRANSFORMER)
+    transformer.set_attn_processor(PlainAttention())
+    scenes = training_scenes(12, seed=seed)
+    latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    encoder = build_text_encoder({**TEXT, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0})
+    captions = SceneCaptions(scenes, encoder, CPU)
+    schedule = schedule_config_from_diffusers("DPMSolverMultistepScheduler", dict(build_scheduler().config))
+    denoiser = Denoiser(transformer, schedule)
+    reading = ReaderStage(denoiser, latents, captions, seed=seed, device=CPU, batch_size=4)
+    flow = TeacherStage(
+        latents,
+        scenes,
+        encoder,
+        seed=seed,
+        device=CPU,
+        batch_size=2,
+        layout_weight=0,
+        compiled=False,
+        transformer=transformer,
+    )
+    reader = reading.modules
+    assert isinstance(reader, LatentReader)
+    stage = AlignmentStage(
+        flow, denoiser, reader, captions, shape=(4, 16, 16), seed=seed, device=CPU, batch_size=4, weight=weight
+    )
+    return reading, stage, transformer
+
+
+def fresh_seed() -> int:
+    seed = int(np.random.default_rng().integers(2**31))
+    print("seed", seed)
+    return seed
+
+
+def test_the_reader_learns_from_clean_latents_and_from_estimates() -> None:
+    reading, _, transformer = stages(fresh_seed())
+    reading.modules.requires_grad_(True)
+    loss = reading.loss(0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(parameter.grad is not None for parameter in reading.modules.parameters())
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+
+
+def test_a_step_depends_on_its_number_and_the_weights_alone() -> None:
+    seed = fresh_seed()
+    first, again = stages(seed)[1], stages(seed)[1]
+    assert torch.equal(first.loss(0), again.loss(0))
+    assert torch.equal(first.loss(1), again.loss(1))
+
+
+def test_every_state_of_a_cycle_is_read_once() -> None:
+    seed = fresh_seed()
+    _, stage, _ = stages(seed)
+    stage.loss(0)
+    assert stage._states is not None
+    levels = stage._states[1]
+    assert len(levels) >= 4 * CYCLE
+    expected = {round(float(level), 5) for level in np.asarray(stage._levels)[list(STATES)]}
+    assert {round(float(level), 5) for level in levels} == expected
+
+
+def test_training_on_claims_lowers_what_is_missed() -> None:
+    _, stage, transformer = stages(fresh_seed(), weight=10.0)
+    optimiser = torch.optim.Adam(transformer.parameters(), lr=3e-3)
+    missed = []
+    for _ in range(24):
+        # One step again and again: the same states, so that the loss can be compared.
+        stage.loss(1).backward()  # type: ignore[no-untyped-call]
+        missed.append(stage.last_claims)
+        optimiser.step()
+        optimiser.zero_grad()
+    assert np.mean(missed[-3:]) < missed[0]
