@@ -3,8 +3,8 @@
 Flow matching shows the network noisy versions of right pictures only. When it draws, it comes through states of its
 own making, such as two half-formed objects where the caption has one, and nothing told it what to do there. So it draws
 with its own sampler, guidance included; at states along the way its estimate of the clean latents is read by a
-`LatentReader`, and what captions claim and the reading lacks is a loss (`claims_loss`). Flow matching goes on beside
-it, which keeps the pictures the world's.
+`LatentReader`, and what captions claim and the reading lacks is a loss (`claims_loss`). What it was trained by before
+(flow matching, or consistency) goes on beside it, which keeps the pictures the world's.
 
 References: Xu et al., "ImageReward" (2023), section 3 (ReFL: the reward of a clean estimate, at a random step of the
 model's own trajectory); Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (2023).
@@ -24,13 +24,13 @@ from edgedit.converters.training.calibration import trajectory
 from edgedit.converters.training.captions import Claims, caption
 from edgedit.converters.training.claims_loss import ClaimBatch, claims_loss
 from edgedit.converters.training.denoisers import Denoiser, Text
+from edgedit.converters.training.distill import first_latents
 from edgedit.converters.training.latent_reader import LatentReader, centres_of, reading_loss
-from edgedit.converters.training.loop import autocast, step_rng
-from edgedit.converters.training.teacher import TeacherStage
+from edgedit.converters.training.loop import Stage, autocast, step_rng
 from edgedit.converters.training.tokens import padding_tokenizer
 from edgedit.converters.training.world import Scene
 
-__all__ = ["AlignmentStage", "ReaderStage", "SceneCaptions"]
+__all__ = ["AlignmentStage", "FewStepWay", "GuidedWay", "ReaderStage", "SceneCaptions"]
 
 STEPS = 10
 """Steps of the sampler: as good as 20 for what a picture holds."""
@@ -59,6 +59,14 @@ class SceneCaptions:
     def claims(self, claims: Sequence[Claims]) -> ClaimBatch:
         """On the device."""
         return ClaimBatch.of(claims).to(self.device)
+
+    def one_each(self, seed: int) -> Text:
+        """A caption of every scene, embedded, float16 on the CPU."""
+        parts = []
+        for first in range(0, len(self.scenes), 256):
+            scenes = enumerate(self.scenes[first : first + 256], first)
+            parts.append(self.embed([caption(scene, step_rng(seed, index, purpose=33))[0] for index, scene in scenes]))
+        return Text(torch.cat([part.states.half().cpu() for part in parts]), torch.cat([p.mask.cpu() for p in parts]))
 
     def embed(self, texts: Sequence[str]) -> Text:
         """Embeds captions, padded to the longest that there can be."""
@@ -94,7 +102,8 @@ class ReaderStage:
         learning_rate: float = 1e-3,
     ) -> None:
         torch.manual_seed(seed)
-        self.modules: nn.Module = LatentReader(latents.shape[1]).to(device)
+        self.reader = LatentReader(latents.shape[1]).to(device)
+        self.modules: nn.Module = self.reader
         self.learning_rate = learning_rate
         self._denoiser, self._latents, self._captions = denoiser, latents, captions
         self._centres = torch.from_numpy(centres_of(captions.scenes, latents.shape[-1]))
@@ -114,12 +123,65 @@ class ReaderStage:
             with torch.no_grad():
                 estimate = noisy - _column(s) * self._denoiser(noisy, s, Text(text.states[:half], text.mask[:half]))
             latents = torch.cat([estimate, clean[half:] + _column(little.to(self._device)) * noise[half:]])
-            reading = self.modules(latents)
+            reading = self.reader(latents)
         return reading_loss(reading, self._centres[torch.from_numpy(chosen)].to(self._device))
 
 
+class GuidedWay:
+    """How a many-step model draws: DPM-Solver++ 2M under classifier-free guidance."""
+
+    def __init__(self, denoiser: Denoiser, empty: Text) -> None:
+        levels = denoiser.levels(STEPS)
+        self.levels = [float(levels[k]) for k in STATES]
+        self._denoiser, self._empty, self._grid = denoiser, empty, levels[: STATES.stop]
+
+    def states(self, noise: Tensor, text: Text, rng: np.random.Generator) -> list[Tensor]:
+        """The latents (B, C, h, w) at each of `levels`, from unit noise; without gradient."""
+        empty = _repeated(self._empty, len(noise))
+        way = trajectory(self._denoiser, noise, text, empty, guidance_scale=GUIDANCE_SCALE, levels=self._grid)
+        return list(way)[STATES.start :]
+
+    def clean(self, x: Tensor, s: Tensor, text: Text) -> Tensor:
+        """The clean estimate, with the gradient of the half that sees the prompt."""
+        with torch.no_grad():
+            negative = self._denoiser(x, s, _repeated(self._empty, len(x)))
+        velocity = negative + GUIDANCE_SCALE * (self._denoiser(x, s, text) - negative)
+        return x - _column(s) * velocity
+
+
+class FewStepWay:
+    """How a distilled model draws: a clean estimate at each level, and fresh noise to the next."""
+
+    def __init__(self, denoiser: Denoiser, tables: Sequence[Sequence[float]]) -> None:
+        """`tables` has the falling levels of each number of steps, without the 0 at the end."""
+        self.levels = [level for table in tables for level in table]
+        self._denoiser, self._tables = denoiser, tables
+
+    @torch.no_grad()
+    def states(self, noise: Tensor, text: Text, rng: np.random.Generator) -> list[Tensor]:
+        """The latents at each of `levels`, from unit noise."""
+        found: list[Tensor] = []
+        for table in self._tables:
+            x = first_latents(self._denoiser, noise, table[0])
+            for level, following in zip(table, [*table[1:], 0.0], strict=True):
+                found.append(x)
+                if following:
+                    clean = self.clean(x, torch.full((len(x),), level, device=x.device), text)
+                    fresh = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)).to(x.device)
+                    x = (1 - following) * clean + following * fresh
+        return found
+
+    def clean(self, x: Tensor, s: Tensor, text: Text) -> Tensor:
+        """The clean estimate."""
+        return x - _column(s) * self._denoiser(x, s, text)
+
+
+def _repeated(text: Text, count: int) -> Text:
+    return Text(text.states.expand(count, -1, -1), text.mask.expand(count, -1))
+
+
 class AlignmentStage:
-    """Flow matching and the loss of the claims, together.
+    """The loss of the claims, and that of the stage that the network was trained by, together.
 
     The states of a cycle are drawn by the network as it is when the cycle begins, so a run that is taken up in the
     middle of one draws them anew.
@@ -129,8 +191,8 @@ class AlignmentStage:
 
     def __init__(
         self,
-        flow: TeacherStage,
-        denoiser: Denoiser,
+        beside: Stage,
+        way: GuidedWay | FewStepWay,
         reader: LatentReader,
         captions: SceneCaptions,
         *,
@@ -141,18 +203,18 @@ class AlignmentStage:
         learning_rate: float = 2e-4,
         weight: float = CLAIMS_WEIGHT,
     ) -> None:
-        """`flow` trains the network of `denoiser`; `batch_size` states are read in a step; latents are (B, *shape)."""
-        self.modules: nn.Module = flow.modules
-        self.hidden_matrices = flow.hidden_matrices
+        """`beside` trains the network that `way` draws with; `batch_size` states are read in a step; latents are
+        (B, *shape)."""
+        self.modules: nn.Module = beside.modules
+        self.hidden_matrices = beside.hidden_matrices
         self.learning_rate = learning_rate
-        self._flow, self._denoiser, self._captions = flow, denoiser, captions
+        self._beside, self._way, self._captions = beside, way, captions
         self._reader = reader.eval().requires_grad_(False)
         self._shape, self._seed, self._device = shape, seed, device
         self._batch_size, self._weight = batch_size, weight
-        self._levels = denoiser.levels(STEPS)
-        self._empty = captions.embed([""])
         self._states: tuple[Tensor, Tensor, Text, ClaimBatch] | None = None
-        self.last_claims = float("nan")
+        self.missed = float("nan")
+        """The loss of the claims in the last step."""
 
     def loss(self, step: int) -> Tensor:
         """Loss of one batch."""
@@ -162,31 +224,20 @@ class AlignmentStage:
         x, s, text, claims = self._states
         x, s, text, claims = x[rows], s[rows], text[rows], claims[rows]
         with autocast(self._device):
-            with torch.no_grad():
-                negative = self._denoiser(x, s, self._nothing(len(x)))
-            velocity = negative + GUIDANCE_SCALE * (self._denoiser(x, s, text) - negative)
-            reading = self._reader(x - _column(s) * velocity)
+            reading = self._reader(self._way.clean(x, s, text))
         missed = claims_loss(reading, claims).mean()
-        self.last_claims = float(missed.detach())
-        return self._flow.loss(step) + self._weight * missed
-
-    def _nothing(self, count: int) -> Text:
-        return Text(self._empty.states.expand(count, -1, -1), self._empty.mask.expand(count, -1))
+        self.missed = float(missed.detach())
+        return self._beside.loss(step) + self._weight * missed
 
     def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Text, ClaimBatch]:
-        """States of the sampler on its way, of every trajectory one at each of `STATES`, in a random order."""
-        count = -(-CYCLE * self._batch_size // len(STATES))
+        """States of the sampler on its way, of every trajectory one at each level, in a random order."""
+        levels = self._way.levels
+        count = -(-CYCLE * self._batch_size // len(levels))
         _, text, claims = self._captions.draw(count, rng)
         noise = torch.from_numpy(rng.standard_normal((count, *self._shape), dtype=np.float32)).to(self._device)
-        levels = self._levels[: STATES.stop]
         with autocast(self._device):
-            way = list(
-                trajectory(
-                    self._denoiser, noise, text, self._nothing(count), guidance_scale=GUIDANCE_SCALE, levels=levels
-                )
-            )
-        order = torch.from_numpy(rng.permutation(count * len(STATES))).to(self._device)
-        s = torch.tensor([self._levels[k] for k in STATES], dtype=torch.float32, device=self._device)
+            states = torch.cat(self._way.states(noise, text, rng))
+        order = torch.from_numpy(rng.permutation(len(states))).to(self._device)
         prompt = order % count
-        states = torch.cat([way[k] for k in STATES])[order]
-        return states, s[order // count], text[prompt], claims[prompt]
+        s = torch.tensor(levels, dtype=torch.float32, device=self._device)
+        return states[order], s[order // count], text[prompt], claims[prompt]

@@ -21,7 +21,6 @@ from edgedit.converters.training.text_encoder import build_text_encoder
 from edgedit.converters.training.tokens import build_tokenizer, wrap_tokenizer
 
 __all__ = [
-    "ALIGNED",
     "TRANSFORMER",
     "build_scheduler",
     "export_pipeline",
@@ -31,8 +30,7 @@ __all__ = [
 ]
 
 TRANSFORMER = "transformer-final.pt"
-ALIGNED = "aligned-final.pt"
-"""Files of a run: the averaged transformer as flow matching leaves it, and after its alignment."""
+"""File of a run: the averaged transformer."""
 FLOW_SHIFT = 5.0
 CALIBRATION_PROMPTS = 1000
 
@@ -70,7 +68,7 @@ def load_text_encoder(path: Path, config: dict[str, Any] | None = None) -> T5Enc
 
 
 def load_transformer(path: Path, config: dict[str, Any] | None = None) -> PixArtTransformer2DModel:
-    """The finished transformer (float32) from `TRANSFORMER` or `ALIGNED`."""
+    """The finished transformer (float32) from `TRANSFORMER`."""
     transformer = build_transformer(config)
     _fill(transformer, load_file(path)["averaged"], "pos_embed.pos_embed")
     return transformer.eval()
@@ -102,8 +100,7 @@ def export_pipeline(
 
     The configurations are those the run was made with, the module's own when None.
     """
-    aligned = run_dir / ALIGNED
-    transformer = load_transformer(aligned if aligned.exists() else run_dir / TRANSFORMER, transformer_config)
+    transformer = load_transformer(run_dir / TRANSFORMER, transformer_config)
     pipeline = PixArtSigmaPipeline(
         tokenizer=wrap_tokenizer(build_tokenizer()),
         text_encoder=load_text_encoder(run_dir / "text-encoder-final.pt", text_config).to(torch.float16),

@@ -1,8 +1,8 @@
 """Trains the embedded model: `python -m edgedit.converters.training.train -o RUNDIR`.
 
-Stages: the autoencoder, its decoder alone on cached latents, the text encoder, the transformer behind it on the same
-latents, and its alignment with what captions claim. Start the same command again after an interruption and it goes on
-from the last checkpoint. With `--from FOLDER` a stage goes on from a pipeline folder's weights.
+Stages: the autoencoder, its decoder alone on cached latents, the text encoder, then the transformer behind it on the
+same latents. Start the same command again after an interruption and it goes on from the last checkpoint. `align` trains
+the result on.
 """
 
 from __future__ import annotations
@@ -17,33 +17,24 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import T5EncoderModel
 
-from edgedit.converters.training.alignment import AlignmentStage, ReaderStage, SceneCaptions
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
-from edgedit.converters.training.denoisers import Denoiser
 from edgedit.converters.training.export import (
-    ALIGNED,
     TRANSFORMER,
-    build_scheduler,
     export_pipeline,
     load_autoencoder,
     load_text_encoder,
-    load_transformer,
 )
 from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
-from edgedit.converters.training.teacher import PlainAttention, TeacherStage
+from edgedit.converters.training.teacher import TeacherStage
 from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
-from edgedit.schedules import schedule_config_from_diffusers
 
 __all__ = [
-    "align_transformer",
-    "begin_from",
     "main",
     "parse_budget",
     "save_transformer",
@@ -55,7 +46,7 @@ __all__ = [
 
 DEFAULT_BUDGET = 6000.0
 """Seconds."""
-SHARES = {"autoencoder": 0.2, "decoder": 0.08, "text_encoder": 0.03, "transformer": 0.49, "alignment": 0.2}
+SHARES = {"autoencoder": 0.25, "decoder": 0.1, "text_encoder": 0.03, "transformer": 0.62}
 """Parts of the budget when all stages run."""
 
 TrainingSet: TypeAlias = tuple[AutoencoderKL, npt.NDArray[np.float16], list[Scene]]
@@ -127,10 +118,6 @@ def train_transformer(
     save_transformer(averaged, run_dir / TRANSFORMER)
 
 
-READER_STEPS = 800
-"""Steps of the latent reader's training."""
-
-
 def save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
     """Writes the transformer's part of a stage's averaged weights."""
     prefix = "transformer."
@@ -138,53 +125,11 @@ def save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
     save_file({"averaged": weights}, path)
 
 
-def align_transformer(run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int) -> None:
-    """Trains the averaged transformer on along its own way from noise (`alignment`)."""
-    _, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
-    text_encoder = load_text_encoder(run_dir / "text-encoder-final.pt")
-    transformer = load_transformer(run_dir / TRANSFORMER).to(device)
-    transformer.set_attn_processor(PlainAttention())
-    schedule = schedule_config_from_diffusers("DPMSolverMultistepScheduler", dict(build_scheduler().config))
-    denoiser = Denoiser(transformer.requires_grad_(False), schedule)
-    captions = SceneCaptions(scenes, text_encoder, device)
-    reading = ReaderStage(denoiser, latents, captions, seed=seed, device=device)
-    averaged = run_stage(reading, run_dir, Budget(steps=READER_STEPS), log=_say, warm_up=50, decay_share=0.5)
-    reading.modules.load_state_dict(averaged)
-    transformer.requires_grad_(True)
-    flow = TeacherStage(
-        latents,
-        scenes,
-        text_encoder,
-        seed=seed + 1,
-        device=device,
-        batch_size=32,
-        layout_weight=0,
-        compiled=False,
-        transformer=transformer,
-    )
-    stage = AlignmentStage(flow, denoiser, reading.modules, captions, shape=latents.shape[1:], seed=seed, device=device)
-    averaged = run_stage(stage, run_dir, budget, log=_say, warm_up=30, decay_share=0.4, ema_decay=0.99)
-    save_transformer(averaged, run_dir / ALIGNED)
-
-
-def begin_from(folder: Path, run_dir: Path) -> None:
-    """Puts a pipeline folder's weights where the stages of a new run look for those of the stages before them."""
-    for name, build, path in (
-        ("vae", AutoencoderKL, "autoencoder-final.pt"),
-        ("text_encoder", T5EncoderModel, "text-encoder-final.pt"),
-        ("transformer", PixArtTransformer2DModel, TRANSFORMER),
-    ):
-        if not (run_dir / path).exists():
-            state = build.from_pretrained(folder / name, torch_dtype=torch.float32).state_dict()
-            save_file({"averaged": state}, run_dir / path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.train", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUNDIR", help="checkpoints and caches")
     parser.add_argument("--stage", choices=(*SHARES, "all"), default="all")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="go on from this pipeline's weights")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--budget", type=parse_budget, help="training time in all, such as 100m (the default)")
     length.add_argument("--steps", type=int, help="training steps of each stage, instead of a time")
@@ -210,12 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
         return Budget(seconds=seconds * (SHARES[stage] if options.stage == "all" else 1))
 
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.source is not None:
-        if options.stage == "all":
-            parser.error("--from goes with --stage: name the stage that goes on from there")
-        if not (options.source / "model_index.json").is_file():
-            parser.error(f"--from {options.source}: no pipeline folder (it has no model_index.json)")
-        begin_from(options.source, options.output)
     if options.stage in ("autoencoder", "all"):
         train_autoencoder(options.output, budget("autoencoder"), seed=options.seed, device=device)
     if options.stage in ("decoder", "all"):
@@ -232,10 +171,6 @@ def main(arguments: list[str] | None = None) -> int:
             scene_count=options.scenes,
             batch_size=options.batch,
             compiled=not options.no_compile,
-        )
-    if options.stage in ("alignment", "all"):
-        align_transformer(
-            options.output, budget("alignment"), seed=options.seed, device=device, scene_count=options.scenes
         )
     if options.export is not None:
         export_pipeline(options.output, options.export)

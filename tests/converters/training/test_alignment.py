@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from edgedit.converters.training.alignment import CYCLE, STATES, AlignmentStage, ReaderStage, SceneCaptions
+from edgedit.converters.training.alignment import (
+    CYCLE,
+    AlignmentStage,
+    FewStepWay,
+    GuidedWay,
+    ReaderStage,
+    SceneCaptions,
+)
 from edgedit.converters.training.data import training_scenes
 from edgedit.converters.training.denoisers import Denoiser
 from edgedit.converters.training.export import build_scheduler
-from edgedit.converters.training.latent_reader import LatentReader
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage, build_transformer
 from edgedit.converters.training.text_encoder import build_text_encoder
 from edgedit.schedules import schedule_config_from_diffusers
@@ -34,7 +41,9 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
-def stages(seed: int, *, weight: float = 0.05) -> tuple[ReaderStage, AlignmentStage, PixArtTransformer2DModel]:
+def stages(
+    seed: int, *, few_steps: bool = False, weight: float = 0.05
+) -> tuple[ReaderStage, AlignmentStage, PixArtTransformer2DModel]:
     torch.manual_seed(seed)
     transformer = build_transformer(TRANSFORMER)
     transformer.set_attn_processor(PlainAttention())
@@ -56,10 +65,11 @@ def stages(seed: int, *, weight: float = 0.05) -> tuple[ReaderStage, AlignmentSt
         compiled=False,
         transformer=transformer,
     )
-    reader = reading.modules
-    assert isinstance(reader, LatentReader)
+    way = (
+        FewStepWay(denoiser, [[1.0, 0.9, 0.6], [1.0, 0.8]]) if few_steps else GuidedWay(denoiser, captions.embed([""]))
+    )
     stage = AlignmentStage(
-        flow, denoiser, reader, captions, shape=(4, 16, 16), seed=seed, device=CPU, batch_size=4, weight=weight
+        flow, way, reading.reader, captions, shape=(4, 16, 16), seed=seed, device=CPU, batch_size=4, weight=weight
     )
     return reading, stage, transformer
 
@@ -87,25 +97,27 @@ def test_a_step_depends_on_its_number_and_the_weights_alone() -> None:
     assert torch.equal(first.loss(1), again.loss(1))
 
 
-def test_every_state_of_a_cycle_is_read_once() -> None:
-    seed = fresh_seed()
-    _, stage, _ = stages(seed)
+@pytest.mark.parametrize("few_steps", [False, True])
+def test_a_cycle_has_as_many_states_of_every_level(few_steps: bool) -> None:
+    _, stage, _ = stages(fresh_seed(), few_steps=few_steps)
     stage.loss(0)
     assert stage._states is not None
     levels = stage._states[1]
     assert len(levels) >= 4 * CYCLE
-    expected = {round(float(level), 5) for level in np.asarray(stage._levels)[list(STATES)]}
-    assert {round(float(level), 5) for level in levels} == expected
+    for level in set(stage._way.levels):
+        times = stage._way.levels.count(level)
+        assert (levels == level).sum() * len(stage._way.levels) == times * len(levels)
 
 
-def test_training_on_claims_lowers_what_is_missed() -> None:
-    _, stage, transformer = stages(fresh_seed(), weight=10.0)
+@pytest.mark.parametrize("few_steps", [False, True])
+def test_training_on_claims_lowers_what_is_missed(few_steps: bool) -> None:
+    _, stage, transformer = stages(fresh_seed(), few_steps=few_steps, weight=10.0)
     optimiser = torch.optim.Adam(transformer.parameters(), lr=3e-3)
     missed = []
     for _ in range(24):
         # One step again and again: the same states, so that the loss can be compared.
         stage.loss(1).backward()  # type: ignore[no-untyped-call]
-        missed.append(stage.last_claims)
+        missed.append(stage.missed)
         optimiser.step()
         optimiser.zero_grad()
     assert np.mean(missed[-3:]) < missed[0]
