@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from tiny_scenes import TINY_TEXT, TINY_TRANSFORMER, write_tiny_scenes
 
+from edgedit.converters.training.align import align
 from edgedit.converters.training.alignment import (
     CYCLE,
     AlignmentStage,
@@ -19,37 +21,25 @@ from edgedit.converters.training.alignment import (
 )
 from edgedit.converters.training.data import training_scenes
 from edgedit.converters.training.denoisers import Denoiser
+from edgedit.converters.training.distillation import distill
 from edgedit.converters.training.export import build_scheduler
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage, build_transformer
 from edgedit.converters.training.text_encoder import build_text_encoder
+from edgedit.errors import InputError
 from edgedit.schedules import schedule_config_from_diffusers
 
 CPU = torch.device("cpu")
-TEXT: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-TRANSFORMER: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "cross_attention_dim": 32,
-    "sample_size": 16,
-    "patch_size": 2,
-    "caption_channels": 16,
-    "interpolation_scale": 1,
-    "use_additional_conditions": False,
-}
 
 
 def stages(
     seed: int, *, few_steps: bool = False, weight: float = 0.05
 ) -> tuple[ReaderStage, AlignmentStage, PixArtTransformer2DModel]:
     torch.manual_seed(seed)
-    transformer = build_transformer(TRANSFORMER)
+    transformer = build_transformer(TINY_TRANSFORMER)
     transformer.set_attn_processor(PlainAttention())
     scenes = training_scenes(12, seed=seed)
     latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
-    encoder = build_text_encoder({**TEXT, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0})
+    encoder = build_text_encoder(TINY_TEXT)
     captions = SceneCaptions(scenes, encoder, CPU)
     schedule = schedule_config_from_diffusers("DPMSolverMultistepScheduler", dict(build_scheduler().config))
     denoiser = Denoiser(transformer, schedule)
@@ -121,3 +111,22 @@ def test_training_on_claims_lowers_what_is_missed(few_steps: bool) -> None:
         optimiser.step()
         optimiser.zero_grad()
     assert np.mean(missed[-3:]) < missed[0]
+
+
+def test_a_teacher_and_its_distilled_model_are_aligned_and_stay_what_they_were(tmp_path: Path) -> None:
+    teacher = write_tiny_scenes(tmp_path, tmp_path / "scenes", fresh_seed())
+    small = {"train_steps": 2, "reader_steps": 2, "scene_count": 8}
+    aligned = align(teacher, tmp_path / "aligned", **small)
+    before, after = (DiffusionPipeline.from_pretrained(folder) for folder in (teacher, aligned))
+    changed = dict(after.transformer.named_parameters())
+    assert not torch.equal(before.transformer.proj_out.weight, changed["proj_out.weight"])
+    for component in ("vae", "text_encoder"):
+        pairs = zip(getattr(before, component).parameters(), getattr(after, component).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    few = tmp_path / "few"
+    distill(aligned, few, steps=2, train_steps=1, samples=4, batch_size=2)
+    with pytest.raises(InputError, match="--teacher"):
+        align(few, tmp_path / "refused", **small)
+    last = align(few, tmp_path / "last", teacher=aligned, **small)
+    assert (last / "edgedit.json").read_text() == (few / "edgedit.json").read_text()
+    assert not list(tmp_path.glob(".*.work"))

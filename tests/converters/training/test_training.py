@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file as load_safetensors
+from tiny_scenes import TINY_AUTOENCODER, TINY_TEXT, TINY_TRANSFORMER
 
 from edgedit.converters.training import train
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
@@ -23,41 +24,6 @@ from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
 from edgedit.converters.training.world import is_held_out, render
 
-TINY_AUTOENCODER: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [4, 4, 8, 8],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 2,
-    "sample_size": 128,
-}
-TINY_TEXT: dict[str, Any] = {
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 1,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-}
-TINY_TRANSFORMER: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "cross_attention_dim": 16,
-    "sample_size": 16,
-    "patch_size": 2,
-    "caption_channels": 16,
-    "interpolation_scale": 1,
-    "use_additional_conditions": False,
-}
 CPU = torch.device("cpu")
 
 
