@@ -13,11 +13,11 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 from transformers import T5EncoderModel
@@ -31,20 +31,25 @@ from edgedit.converters.training.alignment import (
     SceneCaptions,
 )
 from edgedit.converters.training.calibration import Calibration
+from edgedit.converters.training.claims_loss import claims_loss
 from edgedit.converters.training.data import cache_latents, training_scenes
-from edgedit.converters.training.distill import ConsistencyStage
+from edgedit.converters.training.denoisers import Denoiser
 from edgedit.converters.training.jobs import pick_device, training_budget, weights_of
+from edgedit.converters.training.latent_reader import LatentReader
 from edgedit.converters.training.loop import Budget, Stage, run_stage
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.train import parse_budget
 from edgedit.converters.training.trainable import Trainable, check_output, open_trainable, save_trainable
+from edgedit.converters.training.trajectory import TrajectoryStage, sample_trajectories
 from edgedit.converters.work_folder import WorkFolder
 from edgedit.errors import EdgeditError, InputError
 
 __all__ = ["align", "main"]
 
 READER_STEPS = 600
-FLOW_BATCH = 32
+BATCH = 32
+MOST_MISSED = 0.5
+"""Largest loss of the claims at which a trajectory's end is taken for right: one object too few costs 0.7."""
 
 
 def _say(line: str) -> None:
@@ -56,29 +61,64 @@ def few_step_tables(schedule: dict[str, Any]) -> list[list[float]]:
     return [list(map(float, table)) for table in schedule.get("sigmas") or []]
 
 
-def _consistency(
-    teacher: str | Path,
+def _regression(
+    teacher: Denoiser,
     student: Trainable,
-    latents: npt.NDArray[np.float16],
     captions: SceneCaptions,
+    reader: LatentReader,
+    path: Path,
     *,
+    shape: tuple[int, int, int],
+    count: int,
     seed: int,
     device: torch.device,
-) -> ConsistencyStage:
-    """What a distilled model was trained by, with rendered scenes in the place of the teacher's samples."""
-    trainable = open_trainable(teacher)
-    trainable.transformer.set_attn_processor(PlainAttention())
-    trainable.transformer.to(device).eval().requires_grad_(False)
-    data = Calibration(captions.one_each(seed), captions.embed([""]), latents, GUIDANCE_SCALE, seed, FLOW_BATCH)
-    return ConsistencyStage(
-        trainable.denoiser(),
+) -> TrajectoryStage:
+    """Regression of those of the teacher's trajectories that end in what their captions claim.
+
+    The trajectories are read from `path` when it is there.
+    """
+    levels = few_step_tables(student.schedule)[0]
+    text, claims = captions.one_each(count, seed)
+    data = Calibration(text, captions.embed([""]), np.empty((0, *shape), np.float16), GUIDANCE_SCALE, seed, BATCH)
+    if not path.exists():
+        points = sample_trajectories(
+            teacher,
+            data,
+            steps=len(levels),
+            shape=shape,
+            count=count,
+            device=device,
+            on_step=lambda done, total: _say(f"trajectories: {done} of {total}") if done % 512 == 0 else None,
+        )
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, points)
+        temporary.replace(path)
+    points = np.load(path)
+    ends = torch.from_numpy(points[:, -1].astype(np.float32)).to(device)
+    with torch.no_grad():
+        missed = torch.cat(
+            [claims_loss(reader(ends[rows]), claims[rows]) for rows in torch.arange(count, device=device).split(BATCH)]
+        )
+    right = torch.nonzero(missed < MOST_MISSED)[:, 0].cpu().numpy()
+    _say(f"trajectories: {len(right)} of {count} hold their captions")
+    return TrajectoryStage(
+        teacher,
         student.transformer,
-        data,
-        levels=few_step_tables(student.schedule)[0],
+        replace(data, latents=points[:, -1], states=points[:, :-1]),
+        chosen=right if len(right) else None,
+        levels=levels,
         seed=seed,
         device=device,
-        batch_size=FLOW_BATCH,
+        batch_size=BATCH,
     )
+
+
+def _open_teacher(folder: str | Path, device: torch.device) -> Denoiser:
+    teacher = open_trainable(folder)
+    teacher.transformer.set_attn_processor(PlainAttention())
+    teacher.transformer.to(device).eval().requires_grad_(False)
+    return teacher.denoiser()
 
 
 def align(
@@ -90,6 +130,7 @@ def align(
     train_steps: int | None = None,
     reader_steps: int = READER_STEPS,
     scene_count: int = 16_000,
+    trajectories: int = 3072,
     learning_rate: float = 2e-4,
     seed: int = 0,
     device: str = "auto",
@@ -104,6 +145,7 @@ def align(
         train_steps: training steps instead.
         reader_steps: training steps of the latent reader before it.
         scene_count: rendered scenes to train on.
+        trajectories: that the teacher draws for a distilled model.
 
     Raises:
         CheckpointError: the source is missing or damaged.
@@ -133,14 +175,27 @@ def align(
     network = trainable.transformer.to(place)
     network.set_attn_processor(PlainAttention())
     denoiser = trainable.denoiser()
-    frozen = denoiser.with_network(copy.deepcopy(network).eval().requires_grad_(False))
-    reading = ReaderStage(frozen, latents, captions, seed=seed, device=place)
+    if teacher is None:
+        many_steps = denoiser.with_network(copy.deepcopy(network).eval().requires_grad_(False))
+    else:
+        many_steps = _open_teacher(teacher, place)
+    reading = ReaderStage(many_steps, latents, captions, seed=seed, device=place)
     learnt = run_stage(reading, work.folder, Budget(steps=reader_steps), log=_say, warm_up=50, decay_share=0.5)
     reading.reader.load_state_dict(learnt)
     beside: Stage
     way: GuidedWay | FewStepWay
     if teacher is not None:
-        beside = _consistency(teacher, trainable, latents, captions, seed=seed, device=place)
+        beside = _regression(
+            many_steps,
+            trainable,
+            captions,
+            reading.reader.eval(),
+            work.folder / "trajectories.npy",
+            shape=latents.shape[1:],
+            count=trajectories,
+            seed=seed,
+            device=place,
+        )
         way = FewStepWay(denoiser, tables)
     else:
         beside = TeacherStage(
@@ -149,7 +204,7 @@ def align(
             encoder,
             seed=seed + 1,
             device=place,
-            batch_size=FLOW_BATCH,
+            batch_size=BATCH,
             layout_weight=0,
             compiled=False,
             transformer=network,
@@ -187,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     length.add_argument("--budget", type=parse_budget, default=None, help="training time, such as 40m")
     length.add_argument("--steps", type=int, default=None, help="training steps instead")
     parser.add_argument("--scenes", type=int, default=16_000, help="rendered scenes to train on")
+    parser.add_argument("--trajectories", type=int, default=3072, help="that the teacher draws for a distilled model")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -199,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             budget=options.budget,
             train_steps=options.steps,
             scene_count=options.scenes,
+            trajectories=options.trajectories,
             learning_rate=options.learning_rate,
             seed=options.seed,
             device=options.device,

@@ -3,8 +3,8 @@
 Flow matching shows the network noisy versions of right pictures only. When it draws, it comes through states of its
 own making, such as two half-formed objects where the caption has one, and nothing told it what to do there. So it draws
 with its own sampler, guidance included; at states along the way its estimate of the clean latents is read by a
-`LatentReader`, and what captions claim and the reading lacks is a loss (`claims_loss`). What it was trained by before
-(flow matching, or consistency) goes on beside it, which keeps the pictures the world's.
+`LatentReader`, and what captions claim and the reading lacks is a loss (`claims_loss`). What trained it before (flow
+matching, or its teacher's trajectories) goes on beside it, which keeps the pictures the world's.
 
 References: Xu et al., "ImageReward" (2023), section 3 (ReFL: the reward of a clean estimate, at a random step of the
 model's own trajectory); Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards" (2023).
@@ -60,13 +60,13 @@ class SceneCaptions:
         """On the device."""
         return ClaimBatch.of(claims).to(self.device)
 
-    def one_each(self, seed: int) -> Text:
-        """A caption of every scene, embedded, float16 on the CPU."""
-        parts = []
-        for first in range(0, len(self.scenes), 256):
-            scenes = enumerate(self.scenes[first : first + 256], first)
-            parts.append(self.embed([caption(scene, step_rng(seed, index, purpose=33))[0] for index, scene in scenes]))
-        return Text(torch.cat([part.states.half().cpu() for part in parts]), torch.cat([p.mask.cpu() for p in parts]))
+    def one_each(self, count: int, seed: int) -> tuple[Text, ClaimBatch]:
+        """Captions of `count` scenes, embedded (float16, on the CPU), and their claims."""
+        scenes = [self.scenes[index % len(self.scenes)] for index in range(count)]
+        captions = [caption(scene, step_rng(seed, index, purpose=33)) for index, scene in enumerate(scenes)]
+        parts = [self.embed([text for text, _ in captions[first : first + 256]]) for first in range(0, count, 256)]
+        text = Text(torch.cat([part.states.half().cpu() for part in parts]), torch.cat([p.mask.cpu() for p in parts]))
+        return text, self.claims([claims for _, claims in captions])
 
     def embed(self, texts: Sequence[str]) -> Text:
         """Embeds captions, padded to the longest that there can be."""

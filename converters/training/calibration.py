@@ -27,6 +27,7 @@ __all__ = [
     "DEFAULT_PROMPTS",
     "PROMPTS_FILE",
     "Calibration",
+    "batch_noise",
     "draw_latents",
     "embed_prompts",
     "noise_of_samples",
@@ -48,6 +49,7 @@ class Calibration:
         latents: float16 (N, C, H, W); latents[i] was drawn for prompt i modulo the number of prompts.
         guidance_scale: the scale that they were drawn with.
         seed, batch_size: what their noise depends on, see `noise_of_samples`.
+        states: points of the trajectories that end in the latents, float16 (N, levels, C, H, W), where they were kept.
     """
 
     text: Text
@@ -56,6 +58,7 @@ class Calibration:
     guidance_scale: float
     seed: int
     batch_size: int
+    states: npt.NDArray[np.float16] | None = None
 
     def batch(self, chosen: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Text]:
         """Latents (B, C, H, W) float32 and the embedded prompts they belong to."""
@@ -160,7 +163,8 @@ def _log_snr(s: float) -> float:
     return math.log((1 - s) / s) if s < 1 else -math.inf
 
 
-def _batch_noise(seed: int, batch: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def batch_noise(seed: int, batch: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """The unit noise (size, *shape) that batch number `batch` of the samples is drawn from."""
     return step_rng(seed, batch, purpose=11).standard_normal((size, *shape), dtype=np.float32)
 
 
@@ -168,7 +172,7 @@ def noise_of_samples(chosen: npt.NDArray[np.int64], shape: Sequence[int], calibr
     """The unit noise (B, C, H, W) that samples number `chosen` were drawn from."""
     size, total = calibration.batch_size, len(calibration.latents)
     batches = {
-        int(batch): _batch_noise(calibration.seed, int(batch), min(size, total - int(batch) * size), tuple(shape))
+        int(batch): batch_noise(calibration.seed, int(batch), min(size, total - int(batch) * size), tuple(shape))
         for batch in np.unique(chosen // size)
     }
     return torch.from_numpy(np.stack([batches[int(i) // size][int(i) % size] for i in chosen]))
@@ -196,7 +200,7 @@ def sample_latents(
     levels = denoiser.levels(SAMPLE_STEPS)
     for index, start in enumerate(range(0, count, batch_size)):
         size = min(batch_size, count - start)
-        noise = _batch_noise(seed, index, size, shape)
+        noise = batch_noise(seed, index, size, shape)
         with autocast(device):
             latents = draw_latents(
                 denoiser,

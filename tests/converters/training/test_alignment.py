@@ -115,7 +115,7 @@ def test_training_on_claims_lowers_what_is_missed(few_steps: bool) -> None:
 
 def test_a_teacher_and_its_distilled_model_are_aligned_and_stay_what_they_were(tmp_path: Path) -> None:
     teacher = write_tiny_scenes(tmp_path, tmp_path / "scenes", fresh_seed())
-    small = {"train_steps": 2, "reader_steps": 2, "scene_count": 8}
+    small = {"train_steps": 2, "reader_steps": 2, "scene_count": 8, "trajectories": 6}
     aligned = align(teacher, tmp_path / "aligned", **small)
     before, after = (DiffusionPipeline.from_pretrained(folder) for folder in (teacher, aligned))
     changed = dict(after.transformer.named_parameters())
