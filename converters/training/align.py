@@ -97,9 +97,8 @@ def _regression(
     points = np.load(path)
     ends = torch.from_numpy(points[:, -1].astype(np.float32)).to(device)
     with torch.no_grad():
-        missed = torch.cat(
-            [claims_loss(reader(ends[rows]), claims[rows]) for rows in torch.arange(count, device=device).split(BATCH)]
-        )
+        rows = [torch.arange(first, min(first + BATCH, count), device=device) for first in range(0, count, BATCH)]
+        missed = torch.cat([claims_loss(reader(ends[some]), claims[some]) for some in rows])
     right = torch.nonzero(missed < MOST_MISSED)[:, 0].cpu().numpy()
     _say(f"trajectories: {len(right)} of {count} hold their captions")
     return TrajectoryStage(
