@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from edgedit.converters.training.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene
 
-__all__ = ["LayoutHead", "layout_loss", "layout_of"]
+__all__ = ["LayoutHead", "layout_loss", "layout_of", "object_cells"]
 
 NOTHING = -1
 MIN_OVERLAP = 0.15
 """Least share of a token's square that an object's bounding box covers for the token to belong to the object."""
+EDGE = 3.0
+"""Pixels around an object in which its edge is drawn."""
 _CLASSES = (len(SHAPES), len(COLOURS), len(SIZES), len(BACKGROUNDS), 2)
 
 
@@ -44,6 +46,20 @@ def layout_of(scenes: list[Scene], grid: int) -> npt.NDArray[np.int8]:
             best = np.maximum(best, share)
             result[index, here, :3] = (shapes.index(item.shape), colours.index(item.colour), sizes.index(item.size))
     return result.reshape(len(scenes), grid * grid, 4)
+
+
+def object_cells(scenes: list[Scene], grid: int) -> npt.NDArray[np.bool_]:
+    """(N, grid, grid): whether a cell of the latents reaches into the bounding box of an object or close to it."""
+    cell = IMAGE_SIZE / grid
+    low = np.arange(grid) * cell
+    result = np.zeros((len(scenes), grid, grid), bool)
+    for index, scene in enumerate(scenes):
+        for item in scene.items:
+            half_width, half_height = item.half
+            across = (low + cell > item.x - half_width - EDGE) & (low < item.x + half_width + EDGE)
+            down = (low + cell > item.y - half_height - EDGE) & (low < item.y + half_height + EDGE)
+            result[index] |= down[:, None] & across[None, :]
+    return result
 
 
 class LayoutHead(nn.Module):

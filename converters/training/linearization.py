@@ -28,6 +28,7 @@ from edgedit.converters.training.linearize import (
 )
 from edgedit.converters.training.loop import Budget
 from edgedit.converters.training.operators import parse_operator
+from edgedit.converters.training.teacher import PlainAttention
 from edgedit.converters.training.trainable import check_output, open_trainable, save_trainable
 from edgedit.converters.training.workspace import OnProgress, Workspace, digest
 from edgedit.errors import InputError
@@ -156,6 +157,8 @@ def linearize(
     )
     place = pick_device(device)
     trainable.transformer.to(place).eval().requires_grad_(False)
+    if place.type == "cpu":
+        trainable.transformer.set_attn_processor(PlainAttention())
     teacher = trainable.denoiser()
     data = work.calibration(
         trainable.path,

@@ -28,6 +28,7 @@ from edgedit.converters.training.calibration import Calibration
 from edgedit.converters.training.denoisers import Denoiser, Text
 from edgedit.converters.training.loop import autocast, step_rng
 from edgedit.converters.training.operators import make_operator
+from edgedit.converters.training.salience import salience
 from edgedit.converters.training.trainable import attention_layers, follow_grid
 
 __all__ = [
@@ -107,8 +108,8 @@ class Batches:
     batch_size: int
     device: torch.device
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Text]:
-        """Noisy latents (B, C, H, W), levels (B,) and prompts, some of them empty."""
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Text, Tensor]:
+        """Noisy latents (B, C, H, W), levels (B,), prompts, some of them empty, and the clean latents."""
         rng = step_rng(self.seed, step, purpose=self.purpose)
         chosen = rng.integers(len(self.calibration.latents), size=self.batch_size)
         clean, text = self.calibration.batch(chosen, self.device)
@@ -121,7 +122,7 @@ class Batches:
             torch.where(left_out[:, None], empty.mask, text.mask),
         )
         level = s.view(-1, 1, 1, 1)
-        return (1 - level) * clean + level * noise, s, text
+        return (1 - level) * clean + level * noise, s, text, clean
 
 
 class RegressionStage:
@@ -155,7 +156,7 @@ class RegressionStage:
 
     def layer_losses(self, step: int) -> dict[int, Tensor]:
         """The squared error of each layer over its squared output, on the batch of a step."""
-        x, s, text = self._batches.draw(step)
+        x, s, text, _ = self._batches.draw(step)
         with autocast(self._device):
             with torch.no_grad(), _captured(self._denoiser.network, list(self._operators)) as found:
                 self._denoiser.output(x, s, text)
@@ -195,16 +196,17 @@ class DistillationStage:
         self._device = device
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the prediction, plus that of the predicted variance where there is one."""
-        x, s, text = self._batches.draw(step)
+        """Weighted mean squared error of the prediction, plus that of the predicted variance where there is one."""
+        x, s, text, clean = self._batches.draw(step)
         with autocast(self._device):
             with torch.no_grad():
                 wanted = self._teacher.output(x, s, text).float()
             got = self._student.output(x, s, text).float()
         channels = self._teacher.channels
-        loss = F.mse_loss(got[:, :channels], wanted[:, :channels])
+        error = salience(clean) * (got - wanted).square()
+        loss = error[:, :channels].mean()
         if wanted.shape[1] > channels:
-            loss = loss + VARIANCE_WEIGHT * F.mse_loss(got[:, channels:], wanted[:, channels:])
+            loss = loss + VARIANCE_WEIGHT * error[:, channels:].mean()
         return loss
 
 
@@ -220,12 +222,12 @@ class LayerError:
 
 
 def _relative_error(
-    teacher: Denoiser, student: Any, batches: Sequence[tuple[Tensor, Tensor, Text]], wanted: Sequence[Tensor]
+    teacher: Denoiser, student: Any, batches: Sequence[tuple[Tensor, Tensor, Text, Tensor]], wanted: Sequence[Tensor]
 ) -> float:
     other = teacher.with_network(student)
     error = size = 0.0
     with torch.no_grad():
-        for (x, s, text), reference in zip(batches, wanted, strict=True):
+        for (x, s, text, _), reference in zip(batches, wanted, strict=True):
             error += float((other(x, s, text) - reference).square().sum())
             size += float(reference.square().sum())
     return float(np.sqrt(error / size)) if size else 0.0
@@ -247,7 +249,7 @@ def layer_errors(
     source = Batches(calibration, teacher, seed, 14, batch_size, device)
     batches = [source.draw(step) for step in range(batch_count)]
     with torch.no_grad():
-        wanted = [teacher(x, s, text) for x, s, text in batches]
+        wanted = [teacher(x, s, text) for x, s, text, _ in batches]
     layers = [int(layer) for layer in operators]
 
     def cost(replaced: Sequence[int]) -> float:

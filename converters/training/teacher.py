@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from edgedit.converters.training.captions import caption
-from edgedit.converters.training.layout import LayoutHead, layout_loss, layout_of
+from edgedit.converters.training.layout import LayoutHead, layout_loss, layout_of, object_cells
 from edgedit.converters.training.loop import autocast, step_rng
 from edgedit.converters.training.tokens import padding_tokenizer
 from edgedit.converters.training.world import Scene
@@ -52,6 +51,15 @@ Flat pictures are redundant: at sigma 0.7 every shape can still be seen in the n
 decided above that. Measured on a half-trained model, taking the caption away raised the loss from 0.14 to 0.15 at sigma
 0.5 and from 0.69 to 0.88 at 0.95; an unshifted logit-normal draws few sigmas up there.
 """
+OBJECT_WEIGHT = 6.0
+"""Weight of the error where objects are, over that of the background, at sigmas at which that can be seen.
+
+Objects cover a tenth of a picture. Begun from real scenes at sigma 0.4, a model trained without weights drew 94 % of
+two-object scenes right, from 0.75 72 % and from 0.85 53 %, no fewer than from noise: what was missing were exact
+outlines, not the right objects. Near sigma 1, where places are open, weights would draw the mean of all places towards
+the objects, so they fade out between `SEEN` and 1.
+"""
+SEEN = 0.85
 LAYOUT_WEIGHT = 0.1
 LAYOUT_DEPTH = 4
 """Blocks before the layout head (`layout`)."""
@@ -155,6 +163,7 @@ class TeacherStage:
         batch_size: int = 64,
         learning_rate: float = 8e-4,
         layout_weight: float = LAYOUT_WEIGHT,
+        sigma_shift: float = SIGMA_SHIFT,
         compiled: bool = True,
         transformer: PixArtTransformer2DModel | None = None,
     ) -> None:
@@ -175,6 +184,8 @@ class TeacherStage:
         self._device = device
         self._batch_size, self._layout_weight = batch_size, layout_weight
         self._layout = torch.from_numpy(layout_of(scenes, latents.shape[-1] // transformer.config.patch_size))
+        self._objects = torch.from_numpy(object_cells(scenes, latents.shape[-1]))
+        self._sigma_shift = sigma_shift
         self._forward = torch.compile(self.modules) if compiled else self.modules
         self._tokenizer = padding_tokenizer()
 
@@ -189,7 +200,7 @@ class TeacherStage:
         return text
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error of the velocity over one batch, and a part of the error in the layout."""
+        """Weighted mean squared error of the velocity over one batch, and a part of the error in the layout."""
         rng = step_rng(self._seed, step, purpose=3)
         chosen = rng.integers(len(self._scenes), size=self._batch_size)
         encodings = self._tokenizer.encode_batch([self._caption(int(i), rng) for i in chosen])
@@ -197,17 +208,20 @@ class TeacherStage:
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
         clean = torch.from_numpy(self._latents[chosen].astype(np.float32))
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        logit = rng.standard_normal(self._batch_size, dtype=np.float32) + math.log(SIGMA_SHIFT)
+        logit = rng.standard_normal(self._batch_size, dtype=np.float32) + math.log(self._sigma_shift)
         sigma = torch.sigmoid(torch.from_numpy(logit))
         weight = sigma.view(-1, 1, 1, 1)
         noisy = (1 - weight) * clean + weight * noise
-        layout = self._layout[torch.from_numpy(chosen)]
-        ids, mask, noisy, timestep, target, layout = (
-            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean, layout)
+        rows = torch.from_numpy(chosen)
+        seen = ((1 - sigma) / (1 - SEEN)).clamp(max=1).view(-1, 1, 1)
+        emphasis = 1 + OBJECT_WEIGHT * seen * self._objects[rows]
+        ids, mask, noisy, timestep, target, layout, emphasis = (
+            x.to(self._device) for x in (ids, mask, noisy, sigma * 1000, noise - clean, self._layout[rows], emphasis)
         )
         with torch.no_grad():
             text = self._text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         with autocast(self._device):
             velocity, logits = self._forward(text, mask, noisy, timestep)
-        loss = F.mse_loss(velocity.float(), target)
+        error = (velocity.float() - target).square().mean(1)
+        loss = (error * emphasis).sum() / emphasis.sum()
         return loss + self._layout_weight * layout_loss(logits, layout) if self._layout_weight else loss

@@ -1,8 +1,8 @@
 """Trains the embedded model: `python -m edgedit.converters.training.train -o RUNDIR`.
 
 Stages: the autoencoder, its decoder alone on cached latents, the text encoder, then the transformer behind it on the
-same latents. Start the same command again after an interruption and it goes on from the last checkpoint. `align` trains
-the result on.
+same latents. Start the same command again after an interruption and it goes on from the last checkpoint. With
+`--from FOLDER` the transformer of a pipeline is trained on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor
+from transformers import T5EncoderModel
 
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
@@ -35,6 +36,7 @@ from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
 
 __all__ = [
+    "begin_from",
     "main",
     "parse_budget",
     "save_transformer",
@@ -105,14 +107,44 @@ def train_text_encoder(run_dir: Path, budget: Budget, *, seed: int, device: torc
     save_file({"averaged": weights}, run_dir / "text-encoder-final.pt")
 
 
+def begin_from(folder: Path, run_dir: Path) -> None:
+    """Puts a pipeline folder's autoencoder and text encoder where the transformer's training looks for them."""
+    for name, build, path in (
+        ("vae", AutoencoderKL, "autoencoder-final.pt"),
+        ("text_encoder", T5EncoderModel, "text-encoder-final.pt"),
+    ):
+        if not (run_dir / path).exists():
+            module = build.from_pretrained(folder / name, torch_dtype=torch.float32)
+            save_file({"averaged": module.state_dict()}, run_dir / path)
+
+
 def train_transformer(
-    run_dir: Path, budget: Budget, *, seed: int, device: torch.device, scene_count: int, batch_size: int, compiled: bool
+    run_dir: Path,
+    budget: Budget,
+    *,
+    seed: int,
+    device: torch.device,
+    scene_count: int,
+    batch_size: int,
+    compiled: bool,
+    source: Path | None = None,
 ) -> None:
-    """Trains the transformer on cached latents and the finished text encoder."""
+    """Trains the transformer on cached latents and the finished text encoder, from the weights of `source` if any."""
+    begin = None
+    if source is not None:
+        begin_from(source, run_dir)
+        begin = PixArtTransformer2DModel.from_pretrained(source / "transformer", torch_dtype=torch.float32)
     _, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
     text_encoder = load_text_encoder(run_dir / "text-encoder-final.pt")
     stage = TeacherStage(
-        latents, scenes, text_encoder, seed=seed, device=device, batch_size=batch_size, compiled=compiled
+        latents,
+        scenes,
+        text_encoder,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        compiled=compiled,
+        transformer=begin,
     )
     averaged = run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
     save_transformer(averaged, run_dir / TRANSFORMER)
@@ -138,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="captions and latents per step of the transformer")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="train on from this pipeline")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pipeline here at the end")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     options = parser.parse_args(arguments)
@@ -147,6 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(name)
     if (options.steps is not None and options.steps < 1) or (options.budget is not None and options.budget <= 0):
         parser.error("--steps and --budget must be positive")
+    if options.source is not None and options.stage != "transformer":
+        parser.error("--from goes with --stage transformer: the transformer alone is trained on")
+    if options.source is not None and not (options.source / "model_index.json").is_file():
+        parser.error(f"--from {options.source} is no pipeline folder (it has no model_index.json)")
     seconds = options.budget if options.budget is not None else DEFAULT_BUDGET
 
     def budget(stage: str) -> Budget:
@@ -171,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             scene_count=options.scenes,
             batch_size=options.batch,
             compiled=not options.no_compile,
+            source=options.source,
         )
     if options.export is not None:
         export_pipeline(options.output, options.export)

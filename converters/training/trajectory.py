@@ -23,6 +23,7 @@ from edgedit.converters.training.calibration import Calibration, batch_noise, tr
 from edgedit.converters.training.denoisers import Denoiser
 from edgedit.converters.training.distill import HUBER, DistillationStage, first_latents
 from edgedit.converters.training.loop import autocast, step_rng
+from edgedit.converters.training.salience import salience
 from edgedit.errors import InputError
 
 __all__ = ["TEACHER_STEPS", "TrajectoryStage", "sample_trajectories", "teacher_levels"]
@@ -109,5 +110,5 @@ class TrajectoryStage(DistillationStage):
         s = self.numbers(np.asarray(self.levels)[level])
         with autocast(self.device):
             clean = x - s.view(-1, 1, 1, 1) * self.student(x, s, text)
-        error = (clean - end).square().mean((1, 2, 3))
+        error = (salience(end) * (clean - end).square()).mean((1, 2, 3))
         return ((error + HUBER**2).sqrt() - HUBER).mean()

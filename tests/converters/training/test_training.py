@@ -9,16 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel
 from safetensors.torch import load_file as load_safetensors
-from tiny_scenes import TINY_AUTOENCODER, TINY_TEXT, TINY_TRANSFORMER
+from tiny_scenes import TINY_AUTOENCODER, TINY_TEXT, TINY_TRANSFORMER, write_tiny_scenes
 
 from edgedit.converters.training import train
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
 from edgedit.converters.training.evaluate import held_out_prompts, open_model, score
-from edgedit.converters.training.export import CALIBRATION_PROMPTS, TRANSFORMER, export_pipeline
+from edgedit.converters.training.export import (
+    CALIBRATION_PROMPTS,
+    TRANSFORMER,
+    export_pipeline,
+    load_autoencoder,
+    load_text_encoder,
+)
+from edgedit.converters.training.layout import object_cells
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
@@ -188,3 +195,52 @@ def test_finishing_the_decoder_leaves_the_encoder_alone(tmp_path: Path) -> None:
     run_stage(stage, tmp_path, Budget(steps=2), log=lambda line: None)
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_training_goes_on_from_a_published_folder(tmp_path: Path) -> None:
+    folder = write_tiny_scenes(tmp_path, tmp_path / "scenes", 3)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    train.begin_from(folder, run_dir)
+    autoencoder = load_autoencoder(run_dir / "autoencoder-final.pt", TINY_AUTOENCODER)
+    text_encoder = load_text_encoder(run_dir / "text-encoder-final.pt", TINY_TEXT)
+    transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    stored = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    for loaded, kept in ((autoencoder, stored.vae), (text_encoder, stored.text_encoder)):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), kept.parameters(), strict=True))
+    latents = np.random.default_rng(1).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    stage = TeacherStage(
+        latents,
+        training_scenes(12, seed=1),
+        text_encoder,
+        seed=1,
+        device=CPU,
+        batch_size=2,
+        compiled=False,
+        transformer=transformer,
+    )
+    averaged = run_stage(stage, run_dir, Budget(steps=1), log=lambda line: None, warm_up=10_000)
+    before = stored.transformer.state_dict()
+    # One step of next to no learning rate: these are the weights that it began with.
+    for name, value in averaged.items():
+        if name.startswith("transformer."):
+            torch.testing.assert_close(value, before[name.removeprefix("transformer.")], atol=1e-4, rtol=0)
+
+
+def test_going_on_is_for_the_transformer_and_from_a_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--from", str(tmp_path)], ["--stage", "transformer", "--from", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            train.main(["-o", str(tmp_path / "run"), *options])
+        assert "--from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cells_of_objects_are_where_objects_are() -> None:
+    scenes = training_scenes(3, seed=2)
+    cells = object_cells(scenes, 16)
+    for scene, cell in zip(scenes, cells, strict=True):
+        for item in scene.items:
+            assert cell[int(item.y / 8), int(item.x / 8)]
+        assert 0 < cell.mean() < 0.8
