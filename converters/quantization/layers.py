@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from edgedit.converters.passes.int8_pointwise import is_pointwise
 from edgedit.converters.quantization.form import BLOCKS, Form
+from edgedit.converters.quantization.levels import LEVELS
 
 __all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
 
@@ -95,11 +96,13 @@ def fitted(form: Form, layer: Layer) -> Form:
             Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer
         )
     changes = dict(form.__dict__)
-    if form.format == "int" and form.bits < 8:
+    if form.format != "palette" and form.bits < 8:
         block = None if form.block is None else block_of(layer.shape[0], form.block)
         changes["block"] = block
         if block is None:
-            changes["bits"] = 8
+            changes |= {"bits": 8, "format": "int"}
         elif form.bits == 3 and layer.shape[1] % 8:
             changes["bits"] = 4
+        elif form.format in LEVELS and layer.shape[1] % 2:
+            changes["format"] = "int"
     return Form(**changes)

@@ -42,7 +42,7 @@ class Prepared:
 
 def needs_moments(forms: Mapping[str, Form]) -> frozenset[str]:
     """Layers whose rounding minds the second moments of their inputs."""
-    return frozenset(name for name, form in forms.items() if form.is_coded and form.rounding == "adaptive")
+    return frozenset(name for name, form in forms.items() if form.is_coded and form.rounding != "nearest")
 
 
 def prepare_graph(
@@ -90,7 +90,7 @@ def make_encoder(
     weight, or another start."""
 
     def encode_layer(layer: Layer, form: Form, weight: Float) -> Encoded:
-        if form.rounding == "nearest" and form.format == "int":
+        if form.rounding == "nearest" and form.format != "palette":
             check_finite(layer, weight)
             return encode(weight, form, layer.kind)
         key = f"{component} {layer.name} {form}"
@@ -98,7 +98,7 @@ def make_encoder(
         if stored is None:
             check_finite(layer, weight)
             known = statistics.get(layer.name)
-            moments = known.moments() if known is not None and form.rounding == "adaptive" else None
+            moments = known.moments() if known is not None and form.rounding != "nearest" else None
             found = encode(weight, form, layer.kind, moments)
             work.save("codes", key, {f"_{part}": array for part, array in found.parts.items()})
             return found

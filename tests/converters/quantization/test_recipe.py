@@ -63,6 +63,10 @@ def test_a_pattern_gives_each_layer_what_it_can_have(tmp_path: Path) -> None:
     assert found["blocks.1.odd"] == Form(8), "100 inputs do not divide into blocks"
     assert found["blocks.1.seven"] == Form(4, 64), "84 outputs do not fill the bytes of a plane"
     assert found["conv"] == found["table"] == Form(8)
+    floats = read('[transformer]\n"*" = {bits = 4, format = "fp4", block = 32}', tmp_path)
+    found = floats.resolve("transformer", LAYERS)
+    assert found["blocks.0.ff"] == Form(4, 32, format="fp4")
+    assert found["blocks.1.odd"] == Form(8)
 
 
 def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
@@ -94,6 +98,11 @@ def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
         ('[decoder]\n"*" = {bits = 4, block = 48}', "block must be one of 128, 64, 32, 16, not 48"),
         ('[decoder]\n"*" = {bits = 8, block = 64}', "block goes with 4, 3 or 2 bits"),
         ('[decoder]\n"*" = {bits = 3, format = "palette"}', "a palette has 4 bits"),
+        ('[decoder]\n"*" = {bits = 3, format = "fp4"}', "format fp4 has 4 bits, not 3"),
+        (
+            '[transformer]\n"*" = {bits = 4, format = "log", activations = "int8"}',
+            "leave no room for the scales of blocks",
+        ),
         ('[decoder]\n"*" = {bits = 16, rotate = true}', "16 bits are a float"),
         ('[decoder]\n"*" = {bits = 8, balance = 1.5}', "balance must be a number from 0 to 1, not 1.5"),
         ('[decoder]\n"*" = {bits = 8, rotate = 1}', "rotate must be true or false"),
