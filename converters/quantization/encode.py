@@ -12,10 +12,10 @@ import numpy.typing as npt
 from edgedit.converters.quantization import palettes
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.levels import LEVELS, pack_pairs
-from edgedit.converters.quantization.packing import pack
+from edgedit.converters.quantization.packing import pack, unpack
 from edgedit.converters.quantization.rounding import adaptive, codes_and_scales, descend, largest_code, nearest
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["Encoded", "encode", "opened"]
 
 Float = npt.NDArray[np.float32]
 Parts = Mapping[str, npt.NDArray[np.generic]]
@@ -54,6 +54,24 @@ def encode(weight: Float, form: Form, kind: str, moments: Float | None = None) -
     if form.block is None:
         return _per_channel(weight, form, moments)
     return _blocks(weight, form, moments)
+
+
+def opened(parts: Parts, form: Form) -> Float:
+    """The float32 weight [K, N] that the parts of a matrix stand for."""
+    rows, codes = len(parts[""]), parts[""]
+    scales = parts["scale"].astype(np.float32, copy=False)
+    if "multiplier" in parts:
+        scales = parts["multiplier"].astype(np.float32) * scales
+    if form.format == "palette":
+        numbers = parts["entries"][codes.astype(np.uint8, copy=False)].reshape(rows, -1)
+    elif form.format in LEVELS:
+        numbers = LEVELS[form.format].table[codes.astype(np.uint8, copy=False)].reshape(rows, -1)
+    elif form.bits == 3:
+        numbers = unpack(codes.astype(np.uint8, copy=False), parts["sign"].astype(np.uint8, copy=False))
+    else:
+        numbers = codes
+    found: Float = numbers.astype(np.float32) * (scales if scales.ndim == 1 else _rows(scales, rows))
+    return found
 
 
 def _per_slice(weight: Float, axis: int) -> Encoded:

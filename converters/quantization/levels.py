@@ -60,7 +60,7 @@ def pack_pairs(levels: Levels, numbers: npt.NDArray[np.int8]) -> Bytes:
     for code in reversed(range(16)):
         code_of[levels.of_code[code].view(np.uint8)] = code
     codes = code_of[numbers.view(np.uint8)]
-    packed: Bytes = codes[:, 0::2] | codes[:, 1::2] << 4
+    packed: Bytes = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
     return packed
 
 

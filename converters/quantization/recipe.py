@@ -147,10 +147,12 @@ def _form(line: Any, place: str) -> Form:
     bits, format = choice("bits", BITS, None), choice("format", FORMATS, "int")
     block = choice("block", BLOCKS, 64 if bits < 8 and format != "palette" else None)
     balance, rotate = line.get("balance"), line.get("rotate", False)
+    activations = choice("activations", ACTIVATIONS, "none")
     form = Form(
         bits=bits,
         block=block,
-        int8_activations=choice("activations", ACTIVATIONS, "none") == "int8",
+        int8_activations=activations != "none",
+        per_token=activations == "int8-token",
         format=format,
         rounding=choice("rounding", ROUNDINGS, "nearest"),
         balance=None if balance is None else _share(balance, place),

@@ -45,6 +45,7 @@ def test_the_last_line_that_matches_a_layer_counts_and_the_rest_is_float16(tmp_p
         "blocks.*" = {bits = 4, block = 32}
         "*.to_q" = {bits = 8, activations = "int8"}
         "blocks.1.attn.to_q" = {bits = 32}
+        "blocks.1.odd" = {bits = 8, activations = "int8-token"}
         """,
         tmp_path,
     )
@@ -52,6 +53,8 @@ def test_the_last_line_that_matches_a_layer_counts_and_the_rest_is_float16(tmp_p
     found = recipe.resolve("transformer", LAYERS)
     assert found["blocks.0.attn.to_q"] == Form(8, int8_activations=True)
     assert found["blocks.1.attn.to_q"] == Form(32)
+    assert found["blocks.1.odd"] == Form(8, int8_activations=True, per_token=True)
+    assert found["blocks.1.odd"].as_dict() == {"bits": 8, "activations": "int8-token"}
     assert found["blocks.0.ff"] == Form(4, 32)
     assert found["conv"] == Form(16)
     assert recipe.resolve("decoder", LAYERS) == dict.fromkeys(LAYERS, Form(16))
@@ -106,7 +109,7 @@ def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
         ('[decoder]\n"*" = {bits = 16, rotate = true}', "16 bits are a float"),
         ('[decoder]\n"*" = {bits = 8, balance = 1.5}', "balance must be a number from 0 to 1, not 1.5"),
         ('[decoder]\n"*" = {bits = 8, rotate = 1}', "rotate must be true or false"),
-        ('[decoder]\n"*" = {bits = 8, activations = "int4"}', "activations must be one of none, int8"),
+        ('[decoder]\n"*" = {bits = 8, activations = "int4"}', "activations must be one of none, int8, int8-token"),
         ('[encoder]\n"*" = {bits = 8, balance = 0.5}', r"\[encoder\] sees no inputs in calibration"),
     ],
 )
@@ -129,8 +132,9 @@ def test_a_single_layer_is_not_quietly_given_something_else(tmp_path: Path) -> N
         recipe.resolve("transformer", LAYERS)
 
 
-def test_int8_arithmetic_is_refused_where_nothing_can_have_it(tmp_path: Path) -> None:
-    recipe = read('[decoder]\n"conv*" = {bits = 8, activations = "int8"}', tmp_path)
+@pytest.mark.parametrize("kind", ["int8", "int8-token"])
+def test_int8_arithmetic_is_refused_where_nothing_can_have_it(kind: str, tmp_path: Path) -> None:
+    recipe = read(f'[decoder]\n"conv*" = {{bits = 8, activations = "{kind}"}}', tmp_path)
     with pytest.raises(
         ConversionError, match="matches no matrix, and only matrices and 1x1 convolutions compute in int8"
     ):
