@@ -152,9 +152,9 @@ def convert(
         bundle: the folder to write, usually NAME.edgedit.
         to: backends to make artefacts for.
         dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8", "w4", "w3" or "w2" for
-            weights in so many bits; "w8a8" or "w4a8" for int8 arithmetic in the transformer's blocks as well; or the
-            .toml file of a recipe. Core ML and MLX take fp32 and fp16; Core ML computes in float16 where it can, and
-            MLX in a transformer.
+            weights in so many bits, "fp4" for 4-bit floats; "w8a8" or "w4a8" for int8 arithmetic in the transformer's
+            blocks as well; or the .toml file of a recipe. Core ML and MLX take fp32 and fp16; Core ML computes in
+            float16 where it can, and MLX in a transformer.
         calibration: a file of prompts, one a line, or "self" for eight of the checkpoint's own or of a general list.
             The model draws them, and what its layers saw on the way makes quantized weights lose less. An
             interrupted conversion goes on where it was when it is given again with the same options.

@@ -11,7 +11,8 @@ import numpy as np
 from edgedit.device import return_large_blocks
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 from edgedit.runtimes.graph_cache import through_cache
-from edgedit.runtimes.prompt_static import PromptStaticSession, open_split
+from edgedit.runtimes.prompt_static import PromptStaticSession
+from edgedit.runtimes.schedule_static import open_divided
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -171,7 +172,7 @@ class OnnxRuntime:
         self.bundle, self.options, self.providers = bundle, options, wanted
 
     def open(self, component: str) -> OnnxSession | PromptStaticSession:
-        """Open a component; on the CPU its fused form, when the bundle has one, and a transformer in two parts."""
+        """Open a component; on the CPU its fused form, when the bundle has one, and a transformer in parts."""
         artefact = self.bundle.component(component).artefacts["onnx"]
         graph = artefact.graph
         if artefact.fused_graph is not None and self.providers == [CPU] and not self.options.standard_graph:
@@ -184,7 +185,7 @@ class OnnxRuntime:
             return OnnxSession(path, self.providers, threads, cache, label, arena=arena, part=part)
 
         if component == "transformer" and self.providers == [CPU]:
-            divided = open_split(path, lambda name, model: session((name, model)), label)
+            divided = open_divided(path, lambda name, model: session((name, model)), label)
             if divided is not None:
                 return divided
         return session(None)

@@ -7,7 +7,7 @@ are inputs of the `step` part. Both are the nodes of the graph that was divided,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ import numpy as np
 
 from edgedit.errors import BundleError, InputError
 
-__all__ = ["PROMPT_INPUTS", "PromptStaticSession", "Split", "open_split", "split_graph"]
+__all__ = ["PROMPT_INPUTS", "Part", "PromptStaticSession", "Split", "split_graph", "split_model"]
 
 #: Inputs of a transformer that stay what they are for all steps of a picture.
 PROMPT_INPUTS = frozenset({"encoder_hidden_states", "encoder_attention_mask"})
@@ -28,20 +28,26 @@ _LARGEST = 256 << 20
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts as serialized ONNX models without weights, and the values that pass from one to the other."""
+    """Two parts as serialized ONNX models without weights, what depends on inputs that stay and the rest, and the
+    values that pass from one to the other."""
 
-    prompt: bytes
-    step: bytes
+    static: bytes
+    rest: bytes
     values: tuple[str, ...]
 
 
 def split_graph(path: Path) -> Split | None:
-    """Divide the graph in `path`. None where nothing depends on the prompt alone, or the graph does not say the types
-    of what would be handed over."""
+    """Divide the graph in `path` by its prompt, see `split_model`."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    return split_model(onnx.load(str(path), load_external_data=False), PROMPT_INPUTS)
+
+
+def split_model(model: Any, constant: Collection[str]) -> Split | None:
+    """Divide an ONNX model into what depends on the inputs `constant` alone and the rest. None where nothing does, or
+    the graph does not say the types of what would be handed over."""
     graph = model.graph
+    constant = frozenset(constant)
     inputs = {value.name for value in graph.input}
     if any(a.type in (a.GRAPH, a.GRAPHS) for node in graph.node for a in node.attribute):
         return None
@@ -52,7 +58,7 @@ def split_graph(path: Path) -> Split | None:
         needs: frozenset[str] = frozenset().union(*(depends.get(name, frozenset()) for name in node.input))
         depends.update(dict.fromkeys(node.output, needs))
         if needs:
-            (prompt if needs <= PROMPT_INPUTS else step).append(index)
+            (prompt if needs <= constant else step).append(index)
     made = {name: index for index in prompt for name in graph.node[index].output}
     wanted = {name for index in step for name in graph.node[index].input} & made.keys()
     finished = {value.name for value in graph.output} & made.keys()
@@ -93,7 +99,7 @@ def _part(model: Any, chosen: list[int], inputs: list[Any], outputs: list[Any]) 
     return part
 
 
-class _Part(Protocol):
+class Part(Protocol):
     """A session of one part; `inputs` holds the names that it takes."""
 
     @property
@@ -103,10 +109,14 @@ class _Part(Protocol):
 
 
 class PromptStaticSession:
-    """A transformer in two parts that runs as one: the `prompt` part only for text that it has not just seen."""
+    """A transformer in two parts that runs as one: the `prompt` part only for text that it has not just seen.
 
-    def __init__(self, prompt: _Part, step: _Part, values: tuple[str, ...], label: str) -> None:
-        self.label = label
+    Args:
+        most: different inputs of the first part whose results are kept.
+    """
+
+    def __init__(self, prompt: Part, step: Part, values: tuple[str, ...], label: str, *, most: int = _KEPT) -> None:
+        self.label, self._most = label, most
         self._prompt, self._step, self._values = prompt, step, frozenset(values)
         self.inputs = {**prompt.inputs, **{name: v for name, v in step.inputs.items() if name not in self._values}}
         self._kept: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
@@ -128,8 +138,10 @@ class PromptStaticSession:
                 self._kept.append(self._kept.pop(index))
                 return found
         found = self._prompt.run(text)
-        if sum(value.nbytes for value in found.values()) <= _LARGEST:
-            self._kept = [*self._kept, ({name: value.copy() for name, value in text.items()}, found)][-_KEPT:]
+        size = sum(value.nbytes for value in found.values())
+        if size <= _LARGEST:
+            most = min(self._most, _KEPT * _LARGEST // max(size, 1))
+            self._kept = [*self._kept, ({name: value.copy() for name, value in text.items()}, found)][-most:]
         return found
 
     def close(self) -> None:
@@ -138,11 +150,3 @@ class PromptStaticSession:
         self._kept = []
         for part in (self._prompt, self._step):
             part.close()
-
-
-def open_split(path: Path, open_part: Callable[[str, bytes], _Part], label: str) -> PromptStaticSession | None:
-    """A session of the graph in `path`, whose parts `open_part(name, model)` opens; None where it is not divided."""
-    split = split_graph(path)
-    if split is None:
-        return None
-    return PromptStaticSession(open_part("prompt", split.prompt), open_part("step", split.step), split.values, label)

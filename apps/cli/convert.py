@@ -33,8 +33,8 @@ def convert(
         str,
         typer.Option(
             metavar="TYPE|RECIPE.toml",
-            help="Weights: fp32, fp16, w8, w4, w3, w2; w8a8 or w4a8 (int8 arithmetic too); mixed:30M or mixed:35dB "
-            "(a budget); or a recipe's file.",
+            help="Weights: fp32, fp16, w8, w4, fp4, w3, w2; w8a8 or w4a8 (int8 arithmetic too); mixed:30M or "
+            "mixed:35dB (a budget); or a recipe's file.",
         ),
     ] = "fp32",
     calibration: Annotated[

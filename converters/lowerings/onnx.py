@@ -78,7 +78,7 @@ def write(
     cpu = ir.load(graph)
     modified = FuseForCpu()(cpu).modified
     if quantization is not None and quantization.int8_layers:
-        modified = Int8MatMul(quantization.int8_layers)(cpu).modified or modified
+        modified = Int8MatMul(quantization.int8_layers, quantization.per_token_layers)(cpu).modified or modified
     if modified:
         ir.save(cpu, fused)
         files.append(fused)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgedit.converters.passes.int8_tokens import per_token_product
+
 __all__ = ["is_pointwise", "remove_unused", "tokens_product"]
 
 _TO_TOKENS = (0, 2, 1)
@@ -26,14 +28,17 @@ def is_pointwise(node: ir.Node) -> bool:
     return all(side == 1 for side in (*sides, *ones)) and len(sides) == 2 and group == 1 and not any(pads)
 
 
-def tokens_product(graph: ir.Graph, node: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
-    """Replace a pointwise convolution by `DynamicQuantizeMatMul` on tokens [B, H·W, C].
+def tokens_product(
+    graph: ir.Graph, node: ir.Node, codes: ir.Value, scales: ir.Value, *, per_token: bool = False
+) -> None:
+    """Replace a pointwise convolution by an int8 product of tokens [B, H·W, C].
 
     Tokens that were made into a map for it, or are made of its map right after, are taken and given as they are.
 
     Args:
         codes: int8 weights [out, in, 1, 1].
         scales: a scale for each output channel [out].
+        per_token: whether each token has a range of its own, and not the tensor one.
     """
     x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
     assert x is not None
@@ -58,7 +63,10 @@ def tokens_product(graph: ir.Graph, node: ir.Node, codes: ir.Value, scales: ir.V
     matrix = made("Transpose", [made("Reshape", [codes, constant(outputs, inputs)])], ir.AttrInt64s("perm", (1, 0)))
     source = _tokens_before(x)
     tokens = swapped(made("Reshape", [x, constant(0, inputs, -1)])) if source is None else source[0]
-    y = made("DynamicQuantizeMatMul", [tokens, matrix, scales, None, bias], domain="com.microsoft")
+    if per_token:
+        y = per_token_product(made, tokens, matrix, scales, bias)
+    else:
+        y = made("DynamicQuantizeMatMul", [tokens, matrix, scales, None, bias], domain="com.microsoft")
     y.type = ir.TensorType(ir.DataType.FLOAT)
     after = _tokens_after(node.outputs[0])
     if after is not None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgedit.converters.passes.int8_pointwise import is_pointwise, remove_unused, tokens_product
+from edgedit.converters.passes.int8_tokens import per_token_product
 from edgedit.converters.quantization.encode import Encoded, encode
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer, find_layers, fitted, layer_name
@@ -76,19 +77,20 @@ def _loader(layer: Layer, form: Form, encode: Encode) -> Callable[[], Mapping[st
 
 
 class Int8MatMul(ir.passes.InPlacePass):
-    """The CPU form of matrices and 1×1 convolutions with 8-bit activations: one `DynamicQuantizeMatMul` of ONNX Runtime
-    each.
+    """The CPU form of matrices and 1×1 convolutions with 8-bit activations.
 
-    Activations become uint8 with the range of the tensor at hand. Weights of fewer bits are expanded to int8 when the
+    Activations become uint8 with the range of the tensor at hand (one `DynamicQuantizeMatMul` of ONNX Runtime each), or
+    with the range of each token (see `int8_tokens`). Weights of fewer bits are expanded to int8 when the
     graph is opened.
 
     Args:
         layers: names of those to take; None takes what 8-bit matrices there are inside blocks.
+        per_token: names of those whose tokens have a range each.
     """
 
-    def __init__(self, layers: Collection[str] | None = None) -> None:
+    def __init__(self, layers: Collection[str] | None = None, per_token: Collection[str] = ()) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.per_token = layers, per_token
         self.changes = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -99,20 +101,26 @@ class Int8MatMul(ir.passes.InPlacePass):
             if source is None or source.op_type != "DequantizeLinear" or not self._takes(source):
                 continue
             self.changes += 1
+            per_token = layer_name((source.name or "").removesuffix(DEQUANTIZE)) in self.per_token
             if node.op_type == "Conv":
                 codes, scales = source.inputs[:2]
                 assert codes is not None
                 assert scales is not None
-                tokens_product(graph, node, codes, scales)
+                tokens_product(graph, node, codes, scales, per_token=per_token)
                 remove_unused(graph, source)
                 continue
             codes, scales = _int8_codes(graph, source)
-            fused = ir.Node(
-                "com.microsoft", "DynamicQuantizeMatMul", [node.inputs[0], codes, scales], num_outputs=1, name=node.name
-            )
-            old, new = node.outputs[0], fused.outputs[0]
+            made = _maker(graph, node)
+            x = node.inputs[0]
+            assert x is not None
+            if per_token:
+                new = per_token_product(made, x, codes, scales, None)
+            else:
+                new = made("DynamicQuantizeMatMul", [x, codes, scales], domain="com.microsoft")
+            producer, old = new.producer(), node.outputs[0]
+            assert producer is not None
+            producer.name = node.name
             new.name, new.type, new.shape = old.name, old.type, old.shape
-            graph.insert_before(node, fused)
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             graph.remove(node, safe=True)
             remove_unused(graph, source)
@@ -125,6 +133,21 @@ class Int8MatMul(ir.passes.InPlacePass):
         if self.layers is None:
             return "block_size" not in source.attributes and "blocks." in weight
         return layer_name(weight) in self.layers
+
+
+def _maker(graph: ir.Graph, node: ir.Node) -> Callable[..., ir.Value]:
+    """Makes nodes before `node`, named after it."""
+    count = 0
+
+    def made(operator: str, inputs: list[ir.Value | None], *attributes: ir.Attr, domain: str = "") -> ir.Value:
+        nonlocal count
+        new = ir.Node(domain, operator, inputs, list(attributes), num_outputs=1, name=f"{node.name}/{operator}_{count}")
+        new.outputs[0].name = f"{new.name}:0"
+        count += 1
+        graph.insert_before(node, new)
+        return new.outputs[0]
+
+    return made
 
 
 def _int8_codes(graph: ir.Graph, source: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -30,6 +30,7 @@ from edgedit.manifest_parser import parse_manifest
 from edgedit.pipeline import Pipeline
 from edgedit.recipes import Recipe
 from edgedit.runtimes.onnx import CPU, OnnxSession
+from edgedit.solver_base import predict_x0
 from edgedit.text import Tokenizer
 
 __all__ = ["NEEDED", "Calibration", "OnProgress"]
@@ -93,13 +94,20 @@ class Calibration:
         return self._calls[component]
 
     def observe(
-        self, component: str, model: ir.Model, layers: Mapping[str, Layer], moments: frozenset[str]
+        self,
+        component: str,
+        model: ir.Model,
+        layers: Mapping[str, Layer],
+        moments: frozenset[str],
+        *,
+        calls: slice = slice(None),
     ) -> dict[str, InputStatistics]:
         """Statistics of the inputs of a component's matrices.
 
         Args:
             model: the component's graph, to which `layers` belong.
             moments: layers of which second moments are wanted.
+            calls: those that are looked at.
 
         Raises ConversionError, with the layer's name, for inputs that are not finite.
         """
@@ -113,7 +121,7 @@ class Calibration:
 
             run_in_segments(
                 model,
-                self.calls(component),
+                self.calls(component)[calls],
                 self.work.folder / "segment",
                 watched=missing,
                 on_value=observer.add,
@@ -121,6 +129,17 @@ class Calibration:
                 extra_cost=observer.cost,
             )
         return observer.statistics()
+
+    def influence(self) -> list[float]:
+        """How much an error of each of the transformer's calls counts: the square of what an Euler step makes of it."""
+        schedule, each = self.recipe.schedule, len(self.calls("transformer")) // len(self.prompts)
+        one, none = np.ones(1), np.zeros(1)
+        moved = []
+        for i in range(len(schedule)):
+            slope = predict_x0(schedule, i, none, one) - predict_x0(schedule, i, none, none)
+            ratio = schedule.landing_sigmas[i] / max(float(schedule.sigmas[i]), 1e-12)
+            moved.append(float((slope * (schedule.landing_alphas[i] - schedule.alphas[i] * ratio))[0]) ** 2)
+        return [moved[number % each * len(schedule) // each] for number in range(each * len(self.prompts))]
 
     def tell(self, stage: str, done: int, total: int) -> None:
         """Report progress."""

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from edgedit.converters.quantization import palettes
 from edgedit.converters.quantization.form import Form
-from edgedit.converters.quantization.packing import pack
-from edgedit.converters.quantization.rounding import adaptive, code_range, codes_and_scales, nearest
+from edgedit.converters.quantization.levels import LEVELS, pack_pairs
+from edgedit.converters.quantization.packing import pack, unpack
+from edgedit.converters.quantization.rounding import adaptive, codes_and_scales, descend, largest_code, nearest
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["Encoded", "encode", "opened"]
 
 Float = npt.NDArray[np.float32]
 Parts = Mapping[str, npt.NDArray[np.generic]]
@@ -39,20 +40,38 @@ def encode(weight: Float, form: Form, kind: str, moments: Float | None = None) -
     Args:
         weight: float32 in the graph's layout.
         kind: the layer's.
-        moments: X^T X of the layer's inputs, which adaptive rounding needs.
+        moments: X^T X of the layer's inputs, which rounding other than the nearest needs.
     """
     if kind == "convolution":
         return _per_slice(weight, 0)
     if kind == "table":
         codes, scales = codes_and_scales(weight, 8, axis=1)
         return Encoded({"": codes, "scale": scales}, lambda: (codes * scales).astype(np.float32))
-    if form.rounding == "adaptive" and moments is None:
-        raise ValueError("adaptive rounding needs the moments of the layer's inputs")
+    if form.rounding != "nearest" and moments is None:
+        raise ValueError(f"{form.rounding} rounding needs the moments of the layer's inputs")
     if form.format == "palette":
         return _palette(weight, form, moments)
     if form.block is None:
         return _per_channel(weight, form, moments)
     return _blocks(weight, form, moments)
+
+
+def opened(parts: Parts, form: Form) -> Float:
+    """The float32 weight [K, N] that the parts of a matrix stand for."""
+    rows, codes = len(parts[""]), parts[""]
+    scales = parts["scale"].astype(np.float32, copy=False)
+    if "multiplier" in parts:
+        scales = parts["multiplier"].astype(np.float32) * scales
+    if form.format == "palette":
+        numbers = parts["entries"][codes.astype(np.uint8, copy=False)].reshape(rows, -1)
+    elif form.format in LEVELS:
+        numbers = LEVELS[form.format].table[codes.astype(np.uint8, copy=False)].reshape(rows, -1)
+    elif form.bits == 3:
+        numbers = unpack(codes.astype(np.uint8, copy=False), parts["sign"].astype(np.uint8, copy=False))
+    else:
+        numbers = codes
+    found: Float = numbers.astype(np.float32) * (scales if scales.ndim == 1 else _rows(scales, rows))
+    return found
 
 
 def _per_slice(weight: Float, axis: int) -> Encoded:
@@ -69,28 +88,29 @@ def _per_channel(weight: Float, form: Form, moments: Float | None) -> Encoded:
     if form.rounding == "nearest" or moments is None:
         return _per_slice(weight, 1)
     _, scales = codes_and_scales(weight, 8, axis=0)
-    return _coded({}, scales[0], weight, 8, moments, lambda _: scales[0])
+    return _coded({}, scales[0], weight, form, moments, lambda _: scales[0])
 
 
 def _blocks(weight: Float, form: Form, moments: Float | None) -> Encoded:
     rows, columns = weight.shape
     block = form.block
     assert block is not None
-    codes, scales = codes_and_scales(weight.reshape(rows // block, block, columns), form.bits, axis=1)
+    levels = LEVELS.get(form.format)
+    codes, scales = codes_and_scales(weight.reshape(rows // block, block, columns), form.bits, 1, levels)
     scales = scales.reshape(rows // block, columns)
     parts: dict[str, npt.NDArray[np.generic]] = {"scale": scales}
     if form.int8_activations:
-        multiplier, scale = _whole_multiples(scales, form.bits)
+        multiplier, scale = _whole_multiples(scales, largest_code(form.bits, levels))
         parts, scales = {"multiplier": multiplier, "scale": scale}, multiplier * scale
     elif form.rounding == "nearest":
-        return _finished(parts, codes.reshape(rows, columns), np.repeat(scales, block, 0), form.bits)
-    return _coded(parts, scales, weight, form.bits, moments, lambda row: scales[row // block])
+        return _finished(parts, codes.reshape(rows, columns), np.repeat(scales, block, 0), form)
+    return _coded(parts, scales, weight, form, moments, lambda row: scales[row // block])
 
 
-def _whole_multiples(scales: Float, bits: int) -> tuple[npt.NDArray[np.int8], Float]:
+def _whole_multiples(scales: Float, largest: int) -> tuple[npt.NDArray[np.int8], Float]:
     """Block scales [G, N] as whole multiples [G, N] of one scale a channel [N], so that code · multiple is an int8
     (progressive group quantization: Lin et al., "QServe", 2024, section 4.1)."""
-    most = 127 // -code_range(bits)[0]
+    most = 127 // largest
     channel = (np.abs(scales).max(0) / most).astype(np.float32)
     channel[channel == 0] = 1
     multiples = np.rint(scales / channel)
@@ -98,29 +118,34 @@ def _whole_multiples(scales: Float, bits: int) -> tuple[npt.NDArray[np.int8], Fl
 
 
 def _coded(
-    parts: Parts, scales: Float, weight: Float, bits: int, moments: Float | None, of_row: Callable[[int], Float]
+    parts: Parts, scales: Float, weight: Float, form: Form, moments: Float | None, of_row: Callable[[int], Float]
 ) -> Encoded:
-    """Codes for given scales, nearest or adaptive."""
+    """Codes for given scales, rounded as the form says where the moments are known."""
+    bits, levels = form.bits, LEVELS.get(form.format)
     repeated = np.broadcast_to(scales, weight.shape) if scales.ndim == 1 else _rows(scales, len(weight))
     if moments is None:
-        codes = nearest(weight, repeated, bits)
+        codes = nearest(weight, repeated, bits, levels)
     else:
 
         def round_row(row: int, values: Float) -> tuple[npt.NDArray[np.int8], Float]:
-            found = nearest(values, of_row(row), bits)
+            found = nearest(values, of_row(row), bits, levels)
             return found, found * of_row(row)
 
         codes = adaptive(weight, moments, round_row).astype(np.int8)
-    return _finished(parts or {"scale": scales}, codes, repeated, bits)
+        if form.rounding == "descent":
+            codes = descend(weight, moments, codes, codes * repeated, round_row).astype(np.int8)
+    return _finished(parts or {"scale": scales}, codes, repeated, form)
 
 
 def _rows(scales: Float, rows: int) -> Float:
     return np.repeat(scales, rows // len(scales), 0)
 
 
-def _finished(parts: Parts, codes: npt.NDArray[np.int8], scales: Float, bits: int) -> Encoded:
+def _finished(parts: Parts, codes: npt.NDArray[np.int8], scales: Float, form: Form) -> Encoded:
     value = partial(np.multiply, codes, scales, dtype=np.float32)
-    if bits == 3:
+    if form.format in LEVELS:
+        return Encoded({"": pack_pairs(LEVELS[form.format], codes), **parts}, value)
+    if form.bits == 3:
         low, sign = pack(codes)
         return Encoded({"": low, "sign": sign, **parts}, value)
     return Encoded({"": codes, **parts}, value)
@@ -130,8 +155,11 @@ def _palette(weight: Float, form: Form, moments: Float | None) -> Encoded:
     """Codes into a palette; with moments its fit minds them, and rounding is adaptive where the form says so."""
     diagonal = None if moments is None else np.ascontiguousarray(np.diag(moments))
     palette = palettes.fit(weight, 8 // form.bits, diagonal)
-    if form.rounding == "adaptive" and moments is not None:
+    if form.rounding != "nearest" and moments is not None:
         codes = adaptive(weight, moments, palette.round_row).astype(np.uint8)
+        if form.rounding == "descent":
+            values = palette.values(codes)
+            codes = descend(weight, moments, codes, values, palette.round_row).astype(np.uint8)
     else:
         codes = palette.round(weight)
     return Encoded({"": codes, "entries": palette.entries, "scale": palette.scales}, lambda: palette.values(codes))

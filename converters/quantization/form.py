@@ -9,9 +9,9 @@ __all__ = ["ACTIVATIONS", "BITS", "BLOCKS", "FORMATS", "ROUNDINGS", "Form"]
 
 BITS = (32, 16, 8, 4, 3, 2)
 BLOCKS = (128, 64, 32, 16)
-FORMATS = ("int", "palette")
-ROUNDINGS = ("nearest", "adaptive")
-ACTIVATIONS = ("none", "int8")
+FORMATS = ("int", "palette", "fp4", "log")
+ROUNDINGS = ("nearest", "adaptive", "descent")
+ACTIVATIONS = ("none", "int8", "int8-token")
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class Form:
     Attributes:
         bits: 32 or 16 for a float, 8, 4, 3 or 2 for codes.
         block: weights to a scale along the input axis; None: one scale an output channel.
-        int8_activations: the layer computes in int8; its input is rounded per tensor, as it comes.
-        format: "int" for evenly spaced codes; "palette" for 256 learned entries of 2 (4 bits) or 4 (2 bits) weights.
-        rounding: "nearest", or "adaptive": each rounding error is taken up by the weights not yet rounded, so that the
-            layer's output on calibration inputs changes least (Frantar et al., "GPTQ", 2022, algorithm 1).
+        int8_activations: the layer computes in int8; its input is rounded as it comes, with one range for the tensor.
+        format: "int" for evenly spaced codes; "palette" for 256 learned entries of 2 (4 bits) or 4 (2 bits) weights;
+            "fp4" and "log" for four-bit codes of unevenly spaced numbers (see `levels`).
+        rounding: "nearest"; "adaptive": each rounding error is taken up by the weights not yet rounded, so that the
+            layer's output on calibration inputs changes least (Frantar et al., "GPTQ", 2022, algorithm 1); "descent":
+            then input by input to what is best beside the others (Behdin et al., "QuantEase", 2023).
         balance: share of the input's outliers that is moved into the weights, 0 to 1 (Xiao et al., "SmoothQuant", 2022,
             equation 4; ViDiT-Q, section 4.2), None for none of it.
         rotate: mix input channels in groups by a Hadamard matrix, which spreads outliers (Ashkboos et al., "QuaRot",
             2024).
+        per_token: with int8 activations, each token has a range of its own.
     """
 
     bits: int
@@ -38,6 +41,7 @@ class Form:
     rounding: str = "nearest"
     balance: float | None = None
     rotate: bool = False
+    per_token: bool = False
 
     @property
     def is_coded(self) -> bool:
@@ -47,7 +51,7 @@ class Form:
     @property
     def needs_calibration(self) -> bool:
         """Whether the layer's inputs must be known."""
-        return self.is_coded and (self.rounding == "adaptive" or self.balance is not None)
+        return self.is_coded and (self.rounding != "nearest" or self.balance is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of a recipe's line; what is at its default is left out."""
@@ -55,7 +59,9 @@ class Form:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "int8_activations":
-                found |= {"activations": "int8"} if value else {}
+                found |= {"activations": "int8-token" if self.per_token else "int8"} if value else {}
+            elif field.name == "per_token":
+                continue
             elif field.name == "bits" or value != field.default:
                 found[field.name] = value
         return found
@@ -65,10 +71,13 @@ class Form:
         if not self.is_coded:
             return f"float{self.bits}"
         words = [f"{self.bits} bits per channel" if self.block is None else f"{self.bits} bits, blocks of {self.block}"]
+        if self.format in ("fp4", "log"):
+            name = "e2m1 floats" if self.format == "fp4" else "twin logarithms"
+            words = [f"{name} of {self.bits} bits, blocks of {self.block}"]
         if self.format == "palette":
             words = [f"{self.bits} bits, palette of 256 entries of {8 // self.bits} weights"]
-        words += ["int8 arithmetic"] if self.int8_activations else []
-        words += ["adaptive"] if self.rounding == "adaptive" else []
+        words += ["int8 arithmetic" + " by tokens" * self.per_token] if self.int8_activations else []
+        words += [self.rounding] if self.rounding != "nearest" else []
         words += [f"balanced {self.balance:g}"] if self.balance is not None else []
         words += ["rotated"] if self.rotate else []
         return ", ".join(words)

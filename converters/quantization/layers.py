@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from edgedit.converters.passes.int8_pointwise import is_pointwise
 from edgedit.converters.quantization.form import BLOCKS, Form
+from edgedit.converters.quantization.levels import LEVELS
 
 __all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
 
@@ -89,17 +90,18 @@ def fitted(form: Form, layer: Layer) -> Form:
     if not form.is_coded:
         return Form(form.bits)
     if layer.kind != "matrix":
-        return Form(8, int8_activations=form.int8_activations and layer.has_int8)
+        int8 = form.int8_activations and layer.has_int8
+        return Form(8, int8_activations=int8, per_token=form.per_token and int8)
     if form.format == "palette" and layer.shape[1] % (8 // form.bits):
-        return fitted(
-            Form(form.bits, 64, form.int8_activations, "int", form.rounding, form.balance, form.rotate), layer
-        )
+        return fitted(replace(form, block=64, format="int"), layer)
     changes = dict(form.__dict__)
-    if form.format == "int" and form.bits < 8:
+    if form.format != "palette" and form.bits < 8:
         block = None if form.block is None else block_of(layer.shape[0], form.block)
         changes["block"] = block
         if block is None:
-            changes["bits"] = 8
+            changes |= {"bits": 8, "format": "int"}
         elif form.bits == 3 and layer.shape[1] % 8:
             changes["bits"] = 4
+        elif form.format in LEVELS and layer.shape[1] % 2:
+            changes["format"] = "int"
     return Form(**changes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import onnx_ir as ir
 
 from edgedit.converters.passes.quantize import check_finite
 from edgedit.converters.quantization.balance import balance
-from edgedit.converters.quantization.encode import Encoded, encode
+from edgedit.converters.quantization.encode import Encoded, encode, opened
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer
 from edgedit.converters.quantization.rotate import rotate, rotate_statistics
@@ -42,7 +41,7 @@ class Prepared:
 
 def needs_moments(forms: Mapping[str, Form]) -> frozenset[str]:
     """Layers whose rounding minds the second moments of their inputs."""
-    return frozenset(name for name, form in forms.items() if form.is_coded and form.rounding == "adaptive")
+    return frozenset(name for name, form in forms.items() if form.is_coded and form.rounding != "nearest")
 
 
 def prepare_graph(
@@ -90,7 +89,7 @@ def make_encoder(
     weight, or another start."""
 
     def encode_layer(layer: Layer, form: Form, weight: Float) -> Encoded:
-        if form.rounding == "nearest" and form.format == "int":
+        if form.rounding == "nearest" and form.format != "palette":
             check_finite(layer, weight)
             return encode(weight, form, layer.kind)
         key = f"{component} {layer.name} {form}"
@@ -98,14 +97,11 @@ def make_encoder(
         if stored is None:
             check_finite(layer, weight)
             known = statistics.get(layer.name)
-            moments = known.moments() if known is not None and form.rounding == "adaptive" else None
+            moments = known.moments() if known is not None and form.rounding != "nearest" else None
             found = encode(weight, form, layer.kind, moments)
             work.save("codes", key, {f"_{part}": array for part, array in found.parts.items()})
             return found
-        return Encoded({part[1:]: array for part, array in stored.items()}, partial(_no_value, layer.name))
+        parts = {part[1:]: array for part, array in stored.items()}
+        return Encoded(parts, partial(opened, parts, form))
 
     return encode_layer
-
-
-def _no_value(name: str) -> Any:
-    raise ValueError(f"{name}: only parts are kept")

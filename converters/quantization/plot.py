@@ -22,7 +22,7 @@ def plot(sensitivity: Mapping[str, Any], path: Path) -> bool:
     sizes, decibels = zip(*sensitivity["curve"], strict=True)
     axes.plot([size / 1e6 for size in sizes], decibels, marker=".")
     axes.plot([sensitivity["bytes"] / 1e6], [sensitivity["psnr_db"]], "o", label="this bundle")
-    axes.set(xlabel="weights of the transformer, MB", ylabel="PSNR of the prediction, dB (estimate)")
+    axes.set(xlabel="weights of the transformer, MB", ylabel="PSNR of the prediction, dB (curve: estimate)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

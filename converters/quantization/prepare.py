@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from edgedit.converters.passes.quantize import plain_encode
-from edgedit.converters.quantization.assign import as_record, assign, least_loss, least_size, need_solver
+from edgedit.converters.quantization.budget import within_budget
 from edgedit.converters.quantization.calibrate import Calibration
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer, find_layers
 from edgedit.converters.quantization.methods import make_encoder, needs_moments, prepare_graph
+from edgedit.converters.quantization.probe import Probe
 from edgedit.converters.quantization.recipe import Recipe
-from edgedit.converters.quantization.record import Quantization, stored_bytes
-from edgedit.converters.quantization.sensitivity import Sensitivity, measure
+from edgedit.converters.quantization.record import Quantization
+from edgedit.converters.quantization.sensitivity import Meter, measure
 from edgedit.converters.quantization.statistics import InputStatistics, input_of
 from edgedit.converters.quantization.workspace import Workspace
-from edgedit.errors import ConversionError
 
 __all__ = ["is_slow", "prepare"]
 
-_SMALL = 1024
-"""Weights with fewer elements stay float32 (see `StoreHalf`)."""
+_MEASURED = 8
+"""Calls that losses are measured on, from all over the schedule."""
+
+Call = Mapping[str, npt.NDArray[Any]]
 
 
 def is_slow(recipe: Recipe) -> bool:
@@ -54,18 +58,19 @@ def prepare(
         matrices = {name: layer for name, layer in layers.items() if input_of(layer) is not None}
         moments = frozenset(matrices) if mixed else needs_moments(forms)
         watched = {n: layer for n, layer in matrices.items() if mixed or forms[n].needs_calibration}
-        statistics = calibration.observe(component, model, watched, moments)
+        rounding, held = _divided(calibration.calls(component), len(calibration.prompts) if mixed else 1)
+        statistics = calibration.observe(component, model, watched, moments, calls=rounding)
         facts["calibration"] = calibration.facts()
         if mixed and work is not None:
-            table = measure(
-                lambda: calibration.build(component),
+            meter = Meter(
                 watched,
-                statistics,
-                calibration.calls(component),
+                make_encoder(component, statistics, work),
+                partial(_open_probe, calibration, watched, held, work),
                 work,
-                lambda done, total: calibration.tell("measure layers", done, total),
             )
-            forms, facts["sensitivity"] = _within_budget(recipe, model, layers, forms, table)
+            table = measure(meter, lambda done, total: calibration.tell("measure layers", done, total))
+            forms, facts["sensitivity"] = within_budget(recipe, model, layers, forms, table, meter)
+            meter.close()
     forms = {name: _known(form, name in statistics) for name, form in forms.items()}
     prepared = prepare_graph(model, layers, forms, statistics)
     if prepared.inserted:
@@ -74,43 +79,28 @@ def prepare(
     return Quantization(recipe, prepared.forms, encode, facts), layers
 
 
-def _known(form: Form, known: bool) -> Form:
-    """A form without the methods that need inputs which nobody knows (a weight that several nodes use)."""
-    return form if known or not form.needs_calibration else replace(form, rounding="nearest", balance=None)
+def _divided(calls: Sequence[Call], prompts: int) -> tuple[slice, slice]:
+    """Which calls rounding sees, and which ones losses are measured on: those of the last quarter of the prompts, or
+    all where there is one prompt only."""
+    if prompts == 1:
+        return slice(None), slice(None)
+    first = len(calls) // prompts * (prompts - max(1, prompts // 4))
+    return slice(first), slice(first, None)
 
 
-def _within_budget(
-    recipe: Recipe, model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, Form], table: Sensitivity
-) -> tuple[dict[str, Form], dict[str, Any]]:
-    """The best forms under the recipe's budget, and the record of how they were found."""
-    need_solver()
-    assert recipe.budget is not None
-    fixed = _fixed_bytes(model, layers, forms, table)
-    if recipe.budget_unit == "dB":
-        best = table.decibels(least_loss(table))
-        if recipe.budget > best:
-            raise ConversionError(
-                f"{recipe.name}: the prediction reaches {best:.1f} dB with the best forms; ask for less, or take fp16"
-            )
-        chosen = assign(table, loss=table.loss(recipe.budget))
-    else:
-        least = fixed + least_size(table)
-        if recipe.budget < least:
-            raise ConversionError(
-                f"{recipe.name}: the transformer's weights take {least / 1e6:.2f} MB at least; "
-                f"give mixed:{-(-least // 10_000) / 100:.2f}M or more"
-            )
-        chosen = assign(table, size=recipe.budget - fixed)
-    return {**forms, **{name: choice.form for name, choice in chosen.items()}}, as_record(
-        table, chosen, fixed, {name: math.prod(layers[name].shape) for name in chosen}
+def _open_probe(calibration: Calibration, layers: Mapping[str, Layer], held: slice, work: Workspace) -> Probe:
+    calls, influence = calibration.calls("transformer")[held], calibration.influence()[held]
+    some = np.linspace(0, len(calls) - 1, min(_MEASURED, len(calls))).round().astype(int)
+    shares = np.array([influence[i] for i in some])
+    return Probe(
+        calibration.build("transformer"),
+        layers,
+        [calls[i] for i in some],
+        list(shares / shares.mean()),
+        work.folder / "probe",
     )
 
 
-def _fixed_bytes(model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, Form], table: Sensitivity) -> int:
-    """Bytes of the weights that have no choice."""
-    total = sum(stored_bytes(forms[name], layer) for name, layer in layers.items() if name not in table.choices)
-    matrices = {layer.value for layer in layers.values()}
-    for value in model.graph.initializers.values():
-        if value not in matrices and value.const_value is not None:
-            total += value.const_value.nbytes // (2 if value.const_value.size >= _SMALL else 1)
-    return total
+def _known(form: Form, known: bool) -> Form:
+    """A form without the methods that need inputs which nobody knows (a weight that several nodes use)."""
+    return form if known or not form.needs_calibration else replace(form, rounding="nearest", balance=None)

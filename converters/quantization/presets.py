@@ -14,6 +14,7 @@ from edgedit.errors import ConversionError
 __all__ = ["PRESETS", "SPELLINGS", "recipe_of"]
 
 _W8, _W4, _W3, _W2 = Form(8), Form(4, 64), Form(3, 64), Form(2, format="palette")
+_FP4 = Form(4, 64, format="fp4")
 _EVERYTHING, _BLOCKS = "*", "*blocks.*"
 
 
@@ -33,6 +34,7 @@ PRESETS: Mapping[str, Mapping[str, tuple[Rule, ...]]] = {
     "w8a8": _preset(_W8, replace(_W8, int8_activations=True), _W8),
     "w4": _preset(_W4, _W4, _W4),
     "w4a8": _preset(_W4, replace(_W4, int8_activations=True), _W4),
+    "fp4": _preset(_FP4, _FP4, _FP4),
     "w3": _preset(_W4, _W3, _W4),
     "w2": _preset(_W4, _W2, _W4),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgedit.converters.quantization.form import ACTIVATIONS, BITS, BLOCKS, FORMATS, ROUNDINGS, Form
 from edgedit.converters.quantization.layers import Layer, fitted
+from edgedit.converters.quantization.levels import LEVELS
 from edgedit.errors import ConversionError
 
 __all__ = ["COMPONENTS", "Recipe", "Rule", "parse_recipe", "read_recipe"]
@@ -144,12 +145,14 @@ def _form(line: Any, place: str) -> Form:
     if "bits" not in line:
         raise ConversionError(f"{place}: bits is missing; choose from {', '.join(map(str, BITS))}")
     bits, format = choice("bits", BITS, None), choice("format", FORMATS, "int")
-    block = choice("block", BLOCKS, 64 if bits < 8 and format == "int" else None)
+    block = choice("block", BLOCKS, 64 if bits < 8 and format != "palette" else None)
     balance, rotate = line.get("balance"), line.get("rotate", False)
+    activations = choice("activations", ACTIVATIONS, "none")
     form = Form(
         bits=bits,
         block=block,
-        int8_activations=choice("activations", ACTIVATIONS, "none") == "int8",
+        int8_activations=activations != "none",
+        per_token=activations == "int8-token",
         format=format,
         rounding=choice("rounding", ROUNDINGS, "nearest"),
         balance=None if balance is None else _share(balance, place),
@@ -163,6 +166,13 @@ def _form(line: Any, place: str) -> Form:
         raise ConversionError(f"{place}: block goes with 4, 3 or 2 bits of format int; leave it out")
     if format == "palette" and bits not in (4, 2):
         raise ConversionError(f"{place}: a palette has 4 bits (pairs of weights) or 2 (fours), not {bits}")
+    if format in LEVELS and bits != 4:
+        raise ConversionError(f"{place}: format {format} has 4 bits, not {bits}")
+    if format == "log" and form.int8_activations:
+        raise ConversionError(
+            f"{place}: the numbers of format log fill int8 and leave no room for the scales of blocks; "
+            "choose format fp4 or int, or leave activations out"
+        )
     return form
 
 

@@ -43,6 +43,11 @@ class Quantization:
         return frozenset(name for name, form in self.forms.items() if form.int8_activations)
 
     @property
+    def per_token_layers(self) -> frozenset[str]:
+        """Those of them whose tokens are rounded with a range each."""
+        return frozenset(name for name in self.int8_layers if self.forms[name].per_token)
+
+    @property
     def float32_layers(self) -> frozenset[str]:
         """Layers that stay as they are."""
         return frozenset(name for name, form in self.forms.items() if form.bits == 32)

@@ -1,31 +1,26 @@
 """What every layer loses in every form it could have, measured where it counts: in the prediction.
 
-A layer's own error is exact: tr(D^T M D) for the change D of its weight and the second moments M of its inputs. How
-much of it reaches the prediction is measured once a layer, by running the whole network with that layer alone rounded.
-Errors of different layers are taken to add up, as ViDiT-Q (section 4.3) and its integer programme do.
+The whole network is run with one layer rounded as the bundle would have it, on calls that rounding has not seen. An
+error counts as much as the step that it is made in moves the picture. Losses of layers are taken to add up, as ViDiT-Q
+(section 4.3) and its integer programme do; what comes of a choice is measured with all its layers rounded at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from edgedit.converters.lowerings import onnx as onnx_lowering
-from edgedit.converters.quantization.encode import encode
+from edgedit.converters.quantization.encode import Encoded
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer, fitted
+from edgedit.converters.quantization.probe import Probe
 from edgedit.converters.quantization.record import stored_bytes
-from edgedit.converters.quantization.statistics import InputStatistics
 from edgedit.converters.quantization.workspace import Workspace
-from edgedit.errors import ConversionError
 
-__all__ = ["CANDIDATES", "Choice", "Sensitivity", "measure"]
+__all__ = ["CANDIDATES", "Choice", "Meter", "Sensitivity", "measure"]
 
 Float = npt.NDArray[np.float32]
 
@@ -36,9 +31,6 @@ CANDIDATES = (
     Form(8),
 )
 """Forms among which mixed precision chooses for every matrix."""
-
-_PROBE = Form(3, 64)
-_CALLS = 4
 
 
 @dataclass(frozen=True)
@@ -72,107 +64,67 @@ class Sensitivity:
         return float(self.peak**2 / 10 ** (decibels / 10) / self.energy)
 
 
-def measure(
-    build: Callable[[], ir.Model],
-    layers: Mapping[str, Layer],
-    statistics: Mapping[str, InputStatistics],
-    calls: Sequence[Mapping[str, npt.NDArray[Any]]],
-    work: Workspace,
-    on_step: Callable[[int, int], None] | None = None,
-) -> Sensitivity:
-    """Measure every matrix of the transformer.
+@dataclass
+class Meter:
+    """Measures forms of layers in the prediction, and keeps what it found.
 
     Args:
-        build: a fresh fp32 graph with lazy weights.
-        layers: matrices whose inputs are known.
-        statistics: of their inputs, with second moments.
-        calls: inputs of the network; a few of them are used, from all over the schedule.
-        work: keeps what was measured, layer by layer.
+        layers: the matrices of the transformer.
+        encode: rounds a weight as the bundle will have it.
+        open_probe: the network; opened when it is first needed.
+        work: keeps what was measured.
     """
-    chosen = [calls[i] for i in np.linspace(0, len(calls) - 1, min(_CALLS, len(calls))).round().astype(int)]
-    missing = [name for name in layers if not work.has("loss", name)]
-    if missing or not work.has("loss", "/prediction"):
-        place = work.folder / "probe"
-        probe = _Probe(build(), [layers[name] for name in layers], chosen, place)
-        work.save("loss", "/prediction", {"peak": np.array(probe.peak), "energy": np.array(probe.energy)})
-        for index, name in enumerate(missing):
-            work.save("loss", name, {"losses": _losses(layers[name], statistics[name], probe)})
-            if on_step is not None:
-                on_step(len(layers) - len(missing) + index + 1, len(layers))
-        probe.close()
-    known = work.load("loss", "/prediction")
-    assert known is not None
-    choices = {}
-    for name, layer in layers.items():
-        stored = work.load("loss", name)
-        assert stored is not None
-        options: dict[Form, Choice] = {}
-        for candidate, loss in zip(CANDIDATES, stored["losses"], strict=True):
-            form = fitted(candidate, layer)
-            options[form] = Choice(form, stored_bytes(form, layer), float(loss))
-        choices[name] = sorted(options.values(), key=lambda choice: choice.bytes)
-    return Sensitivity(choices, float(known["peak"]), float(known["energy"]))
 
+    layers: Mapping[str, Layer]
+    encode: Callable[[Layer, Form, Float], Encoded]
+    open_probe: Callable[[], Probe]
+    work: Workspace
+    _probe: Probe | None = None
 
-def _losses(layer: Layer, statistics: InputStatistics, probe: _Probe) -> npt.NDArray[np.float64]:
-    """Loss in the prediction for each candidate."""
-    tensor = layer.value.const_value
-    assert tensor is not None
-    weight, moments = tensor.numpy().astype(np.float32), statistics.moments()
+    def loss(self, forms: Mapping[str, Form]) -> float:
+        """Of the prediction with these layers rounded at once."""
+        key = " ".join(f"{name} {form}" for name, form in sorted(forms.items(), key=lambda item: item[0]))
+        stored = self.work.load("loss", key)
+        if stored is None:
+            stored = {"loss": np.array(self.probe.loss({name: self._value(name, f) for name, f in forms.items()}))}
+            self.work.save("loss", key, stored)
+        return float(stored["loss"])
 
-    def own_error(value: Float) -> float:
-        change = (value - weight).astype(np.float64)
-        return float(np.einsum("kn,kn->", change, moments @ change))
+    def scale(self) -> tuple[float, float]:
+        """Range and mean square of the predictions."""
+        stored = self.work.load("loss", "/prediction")
+        if stored is None:
+            stored = {"peak": np.array(self.probe.peak), "energy": np.array(self.probe.energy)}
+            self.work.save("loss", "/prediction", stored)
+        return float(stored["peak"]), float(stored["energy"])
 
-    rounded = encode(weight, fitted(_PROBE, layer), layer.kind).value()
-    reached, own = probe.loss(layer, rounded), own_error(rounded)
-    gain = reached / own if own > 0 else 0.0
-    losses = []
-    for candidate in CANDIDATES:
-        form = fitted(candidate, layer)
-        losses.append(gain * own_error(encode(weight, form, layer.kind, moments).value()))
-    return np.array(losses)
-
-
-class _Probe:
-    """The fp32 network with weights that can be replaced call by call."""
-
-    def __init__(
-        self, model: ir.Model, layers: Sequence[Layer], calls: Sequence[Mapping[str, npt.NDArray[Any]]], place: Path
-    ) -> None:
-        import onnxruntime
-
-        written = onnx_lowering.write(model, place, "transformer", dtype="fp32")
-        graph = ir.load(place / written.graph)
-        for layer in layers:
-            name = layer.value.name
-            assert name is not None
-            # An initializer that is an input as well is a default that a call may override.
-            graph.graph.inputs.append(graph.graph.initializers[name])
-        path = (place / written.graph).with_name("probe.onnx")
-        ir.save(graph, path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.place, self.calls = place, calls
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.predictions = [self._session.run(None, dict(call))[0] for call in calls]
-        self.energy = float(np.mean([(p.astype(np.float64) ** 2).mean() for p in self.predictions]))
-        self.peak = float(max(p.max() for p in self.predictions) - min(p.min() for p in self.predictions))
-        if not np.isfinite(self.energy) or self.energy == 0:
-            raise ConversionError("the transformer predicts nothing but zeros or values that are not numbers")
-
-    def loss(self, layer: Layer, weight: Float) -> float:
-        """Mean square error of the prediction with another weight, as a share of the prediction's energy."""
-        name = layer.value.name
-        assert name is not None
-        errors = []
-        for call, prediction in zip(self.calls, self.predictions, strict=True):
-            found = self._session.run(None, {**call, name: weight})[0]
-            errors.append(((found - prediction).astype(np.float64) ** 2).mean())
-        return float(np.mean(errors)) / self.energy
+    @property
+    def probe(self) -> Probe:
+        """The network."""
+        if self._probe is None:
+            self._probe = self.open_probe()
+        return self._probe
 
     def close(self) -> None:
-        """Free the weights, on disk as well."""
-        del self._session
-        for path in sorted(self.place.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
+        """Free the network."""
+        if self._probe is not None:
+            self._probe.close()
+        self._probe = None
+
+    def _value(self, name: str, form: Form) -> Float:
+        tensor = self.layers[name].value.const_value
+        assert tensor is not None
+        return self.encode(self.layers[name], form, tensor.numpy().astype(np.float32)).value()
+
+
+def measure(meter: Meter, on_step: Callable[[int, int], None] | None = None) -> Sensitivity:
+    """Measure every matrix by itself in every form that it could have."""
+    peak, energy = meter.scale()
+    choices = {}
+    for number, (name, layer) in enumerate(meter.layers.items()):
+        forms = dict.fromkeys(fitted(candidate, layer) for candidate in CANDIDATES)
+        options = [Choice(form, stored_bytes(form, layer), meter.loss({name: form})) for form in forms]
+        choices[name] = sorted(options, key=lambda choice: choice.bytes)
+        if on_step is not None:
+            on_step(number + 1, len(meter.layers))
+    return Sensitivity(choices, peak, energy)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer
+from edgedit.converters.quantization.levels import LEVELS
 from edgedit.converters.quantization.packing import LOW_TABLE, SIGN_TABLE
 
 __all__ = ["DEQUANTIZE", "INT2_OPSET", "Parts", "store"]
@@ -24,7 +25,11 @@ DEQUANTIZE = "/dequantize"
 INT2_OPSET, INT2_IR = 25, 13
 _LOW = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 _STORED: Mapping[ir.DataType, Any] = {ir.DataType.INT4: ml_dtypes.int4, ir.DataType.INT2: ml_dtypes.int2}
-_TABLES = {"quantization/low": LOW_TABLE, "quantization/sign": SIGN_TABLE}
+_TABLES = {
+    "quantization/low": LOW_TABLE,
+    "quantization/sign": SIGN_TABLE,
+    **{f"quantization/{name}": levels.table for name, levels in LEVELS.items()},
+}
 
 
 def store(model: ir.Model, layer: Layer, form: Form, parts: Parts) -> None:
@@ -54,6 +59,10 @@ def store(model: ir.Model, layer: Layer, form: Form, parts: Parts) -> None:
             for part, table, count in (("", "low", 4), ("sign", "sign", 8))
         )
         codes = writer.cast(writer.node("Add", [low, sign], "sum"), ir.DataType.INT8, "codes")
+    elif form.format in LEVELS:
+        packed = writer.part("", ir.DataType.UINT8, (shape[0], shape[1] // 2))
+        numbers = writer.looked_up(writer.shared_table(f"quantization/{form.format}"), packed, "pairs", shape)
+        codes = writer.cast(numbers, ir.DataType.INT8, "codes")
     else:
         codes = writer.part("", _LOW.get(form.bits, ir.DataType.INT8), shape)
     if form.block is None:

@@ -68,7 +68,7 @@ def test_keys_values_and_the_projection_of_the_text_leave_the_step(
     bundle = bundle_of(kind)
     split = split_graph(bundle.file(bundle.artefact("transformer", "onnx").graph))
     assert split is not None
-    prompt, step = (onnx.load_from_string(part).graph for part in (split.prompt, split.step))
+    prompt, step = (onnx.load_from_string(part).graph for part in (split.static, split.rest))
     weights = {value.name for value in step.initializer}
     assert not [name for name in weights if "attn2.to_k" in name or "attn2.to_v" in name or "caption" in name]
     assert len([name for name in split.values if "attn2" in name]) == 4
@@ -108,13 +108,13 @@ def test_results_that_are_too_large_are_not_kept(
     assert session._kept == []
 
 
-def test_optimised_graphs_are_kept_for_both_parts(bundle_of: Callable[[str], Bundle], tmp_path: Path) -> None:
+def test_optimised_graphs_are_kept_for_every_part(bundle_of: Callable[[str], Bundle], tmp_path: Path) -> None:
     bundle = bundle_of("sana")
     inputs = inputs_of(bundle)
     wanted = open_transformer(bundle).run(inputs)["prediction"]
     first = open_transformer(bundle, graph_cache=tmp_path).run(inputs)["prediction"]
     kept = sorted(tmp_path.iterdir())
-    assert len(kept) == 2
+    assert len(kept) == 3, "prompt, schedule and each step"
     assert np.array_equal(open_transformer(bundle, graph_cache=tmp_path).run(inputs)["prediction"], first)
     assert sorted(tmp_path.iterdir()) == kept
     assert np.allclose(first, wanted, atol=1e-6)

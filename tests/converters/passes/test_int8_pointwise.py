@@ -71,8 +71,9 @@ def two_convolutions(codes: list[np.ndarray], scales: list[np.ndarray], bias: np
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
 
 
-@pytest.mark.parametrize("tokens", [True, False])
-def test_integer_products_of_tokens_stand_in_for_convolutions(tokens: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_token", [False, True], ids=["by tensor", "by token"])
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "map"])
+def test_integer_products_of_tokens_stand_in_for_convolutions(tokens: bool, per_token: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng()
     channels, height, width = [int(n) for n in rng.integers(17, 90, 3)], 7, 5
     codes = [rng.integers(-127, 128, (channels[i + 1], channels[i], 1, 1)).astype(np.int8) for i in range(2)]
@@ -90,10 +91,10 @@ def test_integer_products_of_tokens_stand_in_for_convolutions(tokens: bool, tmp_
         x = np.ascontiguousarray(picture.reshape(2, channels[0], -1).transpose(0, 2, 1))
         shape = np.array([height, width])
         expected = expected.reshape(2, channels[2], -1).transpose(0, 2, 1)
-    result = Int8MatMul()(model)
+    result = Int8MatMul(per_token=["blocks.0.conv0", "blocks.0.conv1"] if per_token else ())(model)
     assert result.modified
     kinds = Counter(node.op_type for node in model.graph)
-    assert kinds["DynamicQuantizeMatMul"] == 2
+    assert kinds["MatMulIntegerToFloat" if per_token else "DynamicQuantizeMatMul"] == 2
     assert kinds["Conv"] == kinds["DequantizeLinear"] == 0
     # Two for the weights; of tokens one back into the map and one out of it, of a map two each way.
     assert kinds["Transpose"] == (4 if tokens else 6)

@@ -43,9 +43,9 @@ def test_statistics_are_those_that_hooks_in_torch_see(
     kept: dict[str, Any] = {}
     observe = calibrate.Calibration.observe
 
-    def remember(self: calibrate.Calibration, *arguments: Any) -> Any:
+    def remember(self: calibrate.Calibration, *arguments: Any, **more: Any) -> Any:
         kept["calls"] = self.calls("transformer")
-        kept["statistics"] = observe(self, *arguments)
+        kept["statistics"] = observe(self, *arguments, **more)
         kept["moments"] = {name: one.load() for name, one in kept["statistics"].items() if one.load is not None}
         return kept["statistics"]
 

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import scipy.linalg
+import torch
 from quantizable import fresh_graph, outputs_of
 
 from edgedit.converters.passes.quantize import Int8MatMul, QuantizeWeights
 from edgedit.converters.quantization.balance import factors
-from edgedit.converters.quantization.encode import encode
+from edgedit.converters.quantization.encode import encode, opened
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import find_layers
 from edgedit.converters.quantization.methods import prepare_graph
@@ -115,8 +116,11 @@ FORMS = [
     Form(4, 32),
     Form(3, 64),
     Form(2, 64),
+    Form(4, 32, format="fp4"),
+    Form(4, 64, format="log"),
     Form(2, format="palette"),
     Form(4, format="palette"),
+    Form(4, 64, True, format="fp4"),
     Form(4, 64, int8_activations=True),
     Form(3, 32, int8_activations=True),
     Form(2, 32, int8_activations=True),
@@ -140,8 +144,10 @@ def test_a_stored_weight_opens_to_what_was_rounded(form: Form, rng: np.random.Ge
     weight = rng.standard_normal((128, 8 * int(rng.integers(5, 12)))).astype(np.float32)
     model = one_matrix(weight)
     assert QuantizeWeights(form)(model).modified
-    opened = outputs_of(model, {"x": np.eye(128, dtype=np.float32)}, tmp_path)
-    np.testing.assert_allclose(opened, encode(weight, form, "matrix").value(), rtol=1e-6, atol=1e-7)
+    found = outputs_of(model, {"x": np.eye(128, dtype=np.float32)}, tmp_path)
+    encoded = encode(weight, form, "matrix")
+    np.testing.assert_allclose(found, encoded.value(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(opened(encoded.parts, form), encoded.value())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,38 @@ def test_int8_arithmetic_uses_the_same_codes(form: Form, rng: np.random.Generato
     found = outputs_of(cpu, {"x": x}, tmp_path)
     expected = x @ encode(weight, form, "matrix").value()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", [Form(8, None, True), Form(4, 32, True)], ids=lambda f: f.describe())
+def test_tokens_of_every_size_keep_as_much_when_each_has_its_range(
+    form: Form, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    weight = rng.standard_normal((128, 48)).astype(np.float32)
+    x = rng.standard_normal((7, 128)).astype(np.float32) * np.float32(10) ** np.arange(-3, 4, dtype=np.float32)[:, None]
+    x[5] = 0
+    found = {}
+    for per_token in (False, True):
+        model = one_matrix(weight)
+        QuantizeWeights(replace(form, per_token=per_token))(model)
+        ir.save(model, tmp_path / "q.onnx")
+        cpu = ir.load(tmp_path / "q.onnx")
+        assert Int8MatMul(["blocks.0.w"], ["blocks.0.w"] if per_token else [])(cpu).modified
+        found[per_token] = outputs_of(cpu, {"x": x}, tmp_path)
+    value = encode(weight, form, "matrix").value()
+    # torch's own rounding, one scale a row
+    scale = np.abs(x).max(1) / 127
+    scale[5] = 1
+    zero = torch.zeros(7, dtype=torch.int32)
+    rounded = torch.fake_quantize_per_channel_affine(torch.from_numpy(x), torch.from_numpy(scale), zero, 0, -127, 127)
+    expected = rounded.numpy() @ value
+    size = np.maximum(np.linalg.norm(expected, axis=1), 1e-9)
+    assert (np.linalg.norm(found[True] - expected, axis=1) / size).max() < 1e-3
+    exact = x @ value
+    lost = {
+        k: np.linalg.norm(v - exact, axis=1) / np.maximum(np.linalg.norm(exact, axis=1), 1e-9) for k, v in found.items()
+    }
+    assert lost[True].max() < 0.03
+    assert lost[False].max() > 0.5
 
 
 @pytest.mark.parametrize("limit", [1, 100_000, 1 << 30])

@@ -45,6 +45,7 @@ def test_the_last_line_that_matches_a_layer_counts_and_the_rest_is_float16(tmp_p
         "blocks.*" = {bits = 4, block = 32}
         "*.to_q" = {bits = 8, activations = "int8"}
         "blocks.1.attn.to_q" = {bits = 32}
+        "blocks.1.odd" = {bits = 8, activations = "int8-token"}
         """,
         tmp_path,
     )
@@ -52,6 +53,8 @@ def test_the_last_line_that_matches_a_layer_counts_and_the_rest_is_float16(tmp_p
     found = recipe.resolve("transformer", LAYERS)
     assert found["blocks.0.attn.to_q"] == Form(8, int8_activations=True)
     assert found["blocks.1.attn.to_q"] == Form(32)
+    assert found["blocks.1.odd"] == Form(8, int8_activations=True, per_token=True)
+    assert found["blocks.1.odd"].as_dict() == {"bits": 8, "activations": "int8-token"}
     assert found["blocks.0.ff"] == Form(4, 32)
     assert found["conv"] == Form(16)
     assert recipe.resolve("decoder", LAYERS) == dict.fromkeys(LAYERS, Form(16))
@@ -63,6 +66,10 @@ def test_a_pattern_gives_each_layer_what_it_can_have(tmp_path: Path) -> None:
     assert found["blocks.1.odd"] == Form(8), "100 inputs do not divide into blocks"
     assert found["blocks.1.seven"] == Form(4, 64), "84 outputs do not fill the bytes of a plane"
     assert found["conv"] == found["table"] == Form(8)
+    floats = read('[transformer]\n"*" = {bits = 4, format = "fp4", block = 32}', tmp_path)
+    found = floats.resolve("transformer", LAYERS)
+    assert found["blocks.0.ff"] == Form(4, 32, format="fp4")
+    assert found["blocks.1.odd"] == Form(8)
 
 
 def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
@@ -94,10 +101,15 @@ def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
         ('[decoder]\n"*" = {bits = 4, block = 48}', "block must be one of 128, 64, 32, 16, not 48"),
         ('[decoder]\n"*" = {bits = 8, block = 64}', "block goes with 4, 3 or 2 bits"),
         ('[decoder]\n"*" = {bits = 3, format = "palette"}', "a palette has 4 bits"),
+        ('[decoder]\n"*" = {bits = 3, format = "fp4"}', "format fp4 has 4 bits, not 3"),
+        (
+            '[transformer]\n"*" = {bits = 4, format = "log", activations = "int8"}',
+            "leave no room for the scales of blocks",
+        ),
         ('[decoder]\n"*" = {bits = 16, rotate = true}', "16 bits are a float"),
         ('[decoder]\n"*" = {bits = 8, balance = 1.5}', "balance must be a number from 0 to 1, not 1.5"),
         ('[decoder]\n"*" = {bits = 8, rotate = 1}', "rotate must be true or false"),
-        ('[decoder]\n"*" = {bits = 8, activations = "int4"}', "activations must be one of none, int8"),
+        ('[decoder]\n"*" = {bits = 8, activations = "int4"}', "activations must be one of none, int8, int8-token"),
         ('[encoder]\n"*" = {bits = 8, balance = 0.5}', r"\[encoder\] sees no inputs in calibration"),
     ],
 )
@@ -120,8 +132,9 @@ def test_a_single_layer_is_not_quietly_given_something_else(tmp_path: Path) -> N
         recipe.resolve("transformer", LAYERS)
 
 
-def test_int8_arithmetic_is_refused_where_nothing_can_have_it(tmp_path: Path) -> None:
-    recipe = read('[decoder]\n"conv*" = {bits = 8, activations = "int8"}', tmp_path)
+@pytest.mark.parametrize("kind", ["int8", "int8-token"])
+def test_int8_arithmetic_is_refused_where_nothing_can_have_it(kind: str, tmp_path: Path) -> None:
+    recipe = read(f'[decoder]\n"conv*" = {{bits = 8, activations = "{kind}"}}', tmp_path)
     with pytest.raises(
         ConversionError, match="matches no matrix, and only matrices and 1x1 convolutions compute in int8"
     ):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import ml_dtypes
 import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
 
+from edgedit.converters.quantization import rounding
 from edgedit.converters.quantization.encode import encode
 from edgedit.converters.quantization.form import Form
+from edgedit.converters.quantization.levels import LEVELS
 from edgedit.converters.quantization.packing import pack, unpack
 from edgedit.converters.quantization.palettes import fit
 from edgedit.converters.quantization.rounding import adaptive, code_range, codes_and_scales
@@ -54,7 +59,16 @@ def test_adaptive_rounding_is_the_published_formula(rng: np.random.Generator) ->
     assert (found == expected).mean() > 0.9
 
 
-FORMS = [Form(4, 64), Form(3, 64), Form(2, 64), Form(2, format="palette"), Form(4, format="palette"), Form(8)]
+FORMS = [
+    Form(4, 64),
+    Form(3, 64),
+    Form(2, 64),
+    Form(4, 64, format="fp4"),
+    Form(4, 64, format="log"),
+    Form(2, format="palette"),
+    Form(4, format="palette"),
+    Form(8),
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.format}{form.bits}")
@@ -67,6 +81,66 @@ def test_adaptive_rounding_changes_the_layers_output_less(form: Form, rng: np.ra
     fresh = x[1000:]
     lost, kept = (np.linalg.norm(fresh @ (value - weight)) for value in (plain, adapted.value()))
     assert kept < 0.95 * lost
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.format}{form.bits}")
+def test_descent_never_ends_worse_than_adaptive_rounding(form: Form, rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((64, 48)).astype(np.float32)
+    x = inputs_like_those_of_a_network(rng, 1000, 64)
+    moments = x.T @ x
+    damped = moments + 0.01 * np.diag(moments).mean() * np.eye(64)
+    lost = []
+    for kind in ("adaptive", "descent"):
+        value = encode(weight, replace(form, rounding=kind), "matrix", moments).value()
+        lost.append(np.einsum("kn,kl,ln->", value - weight, damped, value - weight))
+    assert lost[1] <= lost[0] * (1 + 1e-4)
+    if form.bits < 8:
+        assert lost[1] < 0.99 * lost[0]
+
+
+def test_descent_ends_where_no_single_code_can_be_bettered(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_SWEEPS", 100)
+    weight = rng.standard_normal((16, 6)).astype(np.float32)
+    x = inputs_like_those_of_a_network(rng, 200, 16)
+    moments = x.T @ x
+    form = Form(4, 16, format="fp4", rounding="descent")
+    found = encode(weight, form, "matrix", moments)
+    damped = moments + 0.01 * np.diag(moments).mean() * np.eye(16)
+
+    def loss(value: np.ndarray) -> float:
+        return float(np.einsum("kn,kl,ln->", value - weight, damped, value - weight))
+
+    least = loss(found.value())
+    numbers = np.array([0, 1, 2, 3, 4, 6, 8, 12])
+    for row in range(16):
+        for column in range(6):
+            for number in (*numbers, *-numbers):
+                other = found.value().copy()
+                other[row, column] = number * found.parts["scale"][0, column]
+                assert loss(other) >= least * (1 - 1e-4)
+
+
+def test_four_bit_floats_are_those_of_ml_dtypes(rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((64, 24)).astype(np.float32)
+    found = encode(weight, Form(4, 64, format="fp4"), "matrix")
+    unit = 2 * found.parts["scale"]
+    expected = np.clip(weight / unit, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    np.testing.assert_array_equal(found.value(), expected.astype(np.float32) * unit)
+    packed = found.parts[""]
+    codes = np.stack([packed & 15, packed >> 4], 2).reshape(64, 24)
+    opened = codes.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(opened, expected.astype(np.float32))
+
+
+def test_twin_logarithms_are_powers_of_the_root_of_two_on_both_sides_of_zero(rng: np.random.Generator) -> None:
+    numbers = LEVELS["log"].ordered.astype(int)
+    np.testing.assert_array_equal(numbers, -numbers[::-1])
+    np.testing.assert_allclose(numbers[8:] / 127, 2.0 ** -(np.arange(6, -1, -1) / 2), atol=0.5 / 127)
+    scaled = rng.uniform(-150, 150, 1000).astype(np.float32)
+    expected = np.abs(scaled[:, None] - numbers).min(1)
+    np.testing.assert_array_equal(np.abs(LEVELS["log"].nearest(scaled) - scaled), expected.astype(np.float32))
 
 
 def test_with_white_inputs_adaptive_rounding_is_plain_rounding(rng: np.random.Generator) -> None:
@@ -108,11 +182,13 @@ def test_a_palette_is_about_as_good_as_scipys(width: int, rng: np.random.Generat
     assert error < 1.25 * ((centres[labels] - vectors) ** 2).mean()
 
 
-def test_block_scales_of_int8_arithmetic_keep_products_in_a_byte(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("format", ["int", "fp4"])
+def test_block_scales_of_int8_arithmetic_keep_products_in_a_byte(format: str, rng: np.random.Generator) -> None:
     weight = (rng.standard_normal((128, 48)) * np.exp(rng.normal(size=(128, 1)))).astype(np.float32)
-    found = encode(weight, Form(4, 64, int8_activations=True), "matrix")
-    products = found.parts[""].astype(int) * np.repeat(found.parts["multiplier"].astype(int), 64, 0)
+    found = encode(weight, Form(4, 64, int8_activations=True, format=format), "matrix")
+    codes = found.parts[""] if format == "int" else LEVELS["fp4"].table[found.parts[""]].reshape(weight.shape)
+    products = codes.astype(int) * np.repeat(found.parts["multiplier"].astype(int), 64, 0)
     assert np.abs(products).max() <= 127
     np.testing.assert_allclose(found.value(), products * found.parts["scale"], rtol=1e-6)
-    plain = encode(weight, Form(4, 64), "matrix").value()
+    plain = encode(weight, Form(4, 64, format=format), "matrix").value()
     assert ((found.value() - weight) ** 2).sum() < 1.2 * ((plain - weight) ** 2).sum()
