@@ -17,6 +17,7 @@ from edgedit.converters.graph import Component
 from edgedit.converters.lowerings import coreml as lowering
 from edgedit.converters.lowerings.coreml import CoremlArtefact
 from edgedit.converters.lowerings.mil.compression import WeightForm, parse_form
+from edgedit.converters.quantization.record import Quantization
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
 from edgedit.errors import ConversionError
 from edgedit.manifest import Function, TensorSpec
@@ -38,22 +39,35 @@ class CoremlOptions:
 
     Attributes:
         target: "iOS18" (with macOS 15) or "iOS26" (with macOS 26).
-        attention: "fused" is Core ML's operator, "written" a product, a softmax and a product.
+        attention: "fused" is Core ML's operator, "written" a product, a softmax and a product. None: "fused", but
+            "written" for the Neural Engine.
         weights: how the transformer and the text encoder are stored: "int8", "int4" (blocks of 32 inputs, or as in
             "int4-b64"), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16": one for 16 outputs). None: `dtype`.
+        compute_units: "ne" for the form that the Neural Engine takes: four axes at most, 1x1 convolutions, attention in
+            parts; "all" for the one that suits a GPU.
     """
 
     target: str = "iOS18"
-    attention: str = "fused"
+    attention: str | None = None
     weights: str | None = None
+    compute_units: str = "all"
 
     def __post_init__(self) -> None:
         if self.target not in lowering.TARGETS:
             raise ConversionError(f"unknown Core ML target {self.target!r}; choose from: {', '.join(lowering.TARGETS)}")
-        if self.attention not in ("fused", "written"):
+        if self.attention not in (None, "fused", "written"):
             raise ConversionError(f"unknown attention {self.attention!r}; choose from: fused, written")
+        if self.compute_units not in ("all", "ne"):
+            raise ConversionError(f"unknown compute units {self.compute_units!r}; choose from: all, ne")
+        if self.compute_units == "ne" and self.attention == "fused":
+            raise ConversionError("attention is written out for the Neural Engine; leave the fused one out")
         if self.weights is not None:
             parse_form(self.weights)
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention is Core ML's operator."""
+        return self.compute_units != "ne" and self.attention != "written"
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,8 @@ class CoremlPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest's provenance."""
-        return {**asdict(self.options), "sizes": [list(size) for size in self.sizes.pictures]}
+        attention = "fused" if self.options.fused else "written"
+        return {**asdict(self.options), "attention": attention, "sizes": [list(size) for size in self.sizes.pictures]}
 
     def _form(self, component: str) -> WeightForm | None:
         """Autoencoders stay whole: they are small, and the eye sees what they do."""
@@ -86,9 +101,18 @@ class CoremlPlan:
         return {"tokens": (rows // patch, columns // patch), "length": min(9, room)}
 
     def write(
-        self, component: Component, model: ir.Model, root: Path, *, dtype: str
+        self,
+        component: Component,
+        model: ir.Model,
+        root: Path,
+        *,
+        dtype: str,
+        quantization: Quantization | None = None,
     ) -> tuple[CoremlArtefact, list[Opener]]:
-        """Write the package of a component; what opens it with the interpreter, as it is and with float16 emulated."""
+        """Write the package of a component; what opens it with the interpreter, as it is and with float16 emulated.
+
+        dtype: "fp32", "fp16", or the name of `quantization`, with which everything else is as with "fp16".
+        """
         artefact = lowering.write(
             model,
             root,
@@ -98,9 +122,11 @@ class CoremlPlan:
             options=lowering.CoremlOptions(
                 precision=precision_of(component, dtype),
                 target=self.options.target,
-                fused_attention=self.options.attention == "fused",
+                neural=self.options.compute_units == "ne",
+                fused_attention=self.options.fused,
                 whole_reason=_reason(component),
                 form=self._form(component.name),
+                quantization=quantization,
             ),
         )
         named = len(artefact.functions) > 1
@@ -111,12 +137,12 @@ class CoremlPlan:
             engine = InterpreterEngine(root / artefact.graph, emulate_fp16=emulate)
             return CoremlSession(engine, specs[0], specs[1], functions, component.name)
 
-        return artefact, [partial(opened, emulate) for emulate in ((False, True) if dtype == "fp16" else (False,))]
+        return artefact, [partial(opened, emulate) for emulate in ((False,) if dtype == "fp32" else (False, True))]
 
 
 def precision_of(component: Component, dtype: str) -> str:
     """The lowering's precision: text encoders, and autoencoders that say so, compute in float32."""
-    if dtype != "fp16":
+    if dtype == "fp32":
         return "fp32"
     return "fp16-weights" if _reason(component) else "fp16"
 

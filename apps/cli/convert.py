@@ -59,6 +59,14 @@ def convert(
         str | None,
         typer.Option(metavar="FORM", help="fused, or written (product, softmax, product).", show_default="fused"),
     ] = None,
+    compute_units: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNITS",
+            help="Form of Core ML packages: ne for the Neural Engine, all for the GPU.",
+            show_default="all",
+        ),
+    ] = None,
     coreml_weights: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +139,9 @@ def convert(
             dtype=dtype,
             calibration=calibration,
             sizes=[_size(text) for text in size] if size else None,
-            coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
+            coreml=_coreml(
+                target=coreml_target, attention=coreml_attention, weights=coreml_weights, compute_units=compute_units
+            ),
             mlx_weights=mlx_weights,
             components=None if components is None else _names("--components", components),
             revision=revision,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ from edgedit.converters.graph import TensorSpec
 from edgedit.converters.lowerings.driver import is_static, lower
 from edgedit.converters.lowerings.mil import attention, elementwise, movement, networks
 from edgedit.converters.lowerings.mil.builder import MilBuilder
+from edgedit.converters.lowerings.mil.codes import Coded
 from edgedit.converters.lowerings.mil.compression import WeightForm
 from edgedit.converters.lowerings.mil.islands import find_islands, whole
+from edgedit.converters.quantization.form import Form
+from edgedit.converters.quantization.layers import Layer, find_layers, fitted
+from edgedit.converters.quantization.record import Quantization
 from edgedit.errors import ConversionError
 from edgedit.runtimes.coreml_engine import coremltools
+from edgedit.runtimes.mil_report import ISLANDS
 
 __all__ = ["PRECISIONS", "TARGETS", "CoremlArtefact", "CoremlFunction", "CoremlOptions", "write"]
 
@@ -34,6 +40,9 @@ PRECISIONS = ("fp32", "fp16", "fp16-weights")
 
 #: Deployment targets by the names that people use.
 TARGETS = ("iOS18", "iOS26")
+
+#: Attention in the Neural Engine's form has at most this many bytes of scores at a time: its memory is small.
+NEURAL_SCORES = 32 << 20
 
 #: coremltools' passes that run on a program that is already in the form that it is wanted in.
 _PASSES = [
@@ -59,16 +68,20 @@ class CoremlOptions:
     Attributes:
         precision: one of PRECISIONS.
         target: one of TARGETS.
+        neural: the Neural Engine's form; see `MilBuilder`.
         fused_attention: `scaled_dot_product_attention`, or its parts written out.
         whole_reason: with precision "fp16-weights", why nothing is computed in float16.
         form: how large weights of linear layers and convolutions are stored.
+        quantization: forms and codes of the layers by a recipe; None, or `form` is.
     """
 
     precision: str = "fp32"
     target: str = "iOS18"
+    neural: bool = False
     fused_attention: bool = True
     whole_reason: str = "asked for"
     form: WeightForm | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class CoremlArtefact:
     """A package in the bundle.
 
     Attributes:
-        precision: of the weights: "fp32", "fp16", or the name of a compressed form.
+        precision: of the weights: "fp32", "fp16", or the name of a compressed form or of a recipe.
         graph: the package's folder, relative to the bundle.
         files: everything in it, relative to the bundle.
         functions: one for each size.
@@ -121,8 +134,12 @@ def write(
     program = _program(builder, model, inputs, functions, getattr(library.target, options.target))
     package = root / folder / (component.title().replace("_", "") + ".mlpackage")
     package.parent.mkdir(parents=True, exist_ok=True)
+    islands = {**builder.islands, **builder.norms} if builder.half else {}
     try:
-        _convert(library, program, options.target).save(str(package))
+        converted = _convert(library, program, options.target)
+        if islands:
+            converted.user_defined_metadata[ISLANDS] = json.dumps(_by_reason(islands), separators=(",", ":"))
+        converted.save(str(package))
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConversionError(f"{component}: coremltools refuses the program: {reason}") from error
@@ -132,24 +149,70 @@ def write(
         graph=package.relative_to(root).as_posix(),
         files=tuple(path.relative_to(root).as_posix() for path in files),
         functions=tuple(functions),
-        islands={**builder.islands, **builder.norms} if builder.half else {},
+        islands=islands,
     )
 
 
+def _by_reason(islands: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for node, reason in islands.items():
+        found.setdefault(reason, []).append(node)
+    return found
+
+
 def _builder(model: ir.Model, options: CoremlOptions) -> MilBuilder:
+    stored: dict[str, Any] = {
+        "fused_attention": options.fused_attention,
+        "form": options.form,
+        "neural": options.neural,
+    }
+    if options.neural:
+        stored["score_bytes"] = NEURAL_SCORES
+    if options.quantization is not None:
+        stored["codes"] = _codes(model, options.quantization)
+        stored["keep32"] = frozenset(
+            str(layer.value.name)
+            for name, layer in find_layers(model).items()
+            if name in options.quantization.float32_layers
+        )
     if options.precision == "fp32":
-        return MilBuilder(fused_attention=options.fused_attention, form=options.form)
+        return MilBuilder(**stored)
     everything = options.precision == "fp16-weights"
     return MilBuilder(
         half=True,
         islands=whole(model, options.whole_reason) if everything else find_islands(model),
         store_half=everything,
-        fused_attention=options.fused_attention,
-        form=options.form,
+        **stored,
     )
 
 
+def _codes(model: ir.Model, quantization: Quantization) -> dict[str, Coded]:
+    """What the recipe stores, by the name of the weight; nothing is rounded yet."""
+    found = {}
+    for name, layer in find_layers(model).items():
+        form = quantization.forms.get(name)
+        if form is None or not (form.is_coded or form.sparsity is not None):
+            continue
+        peak = quantization.input_peaks.get(name) if form.int8_activations else None
+        found[str(layer.value.name)] = Coded(
+            fitted(form, layer), layer.kind, _parts(quantization, layer, form), None if peak is None else peak / 127
+        )
+    return found
+
+
+def _parts(quantization: Quantization, layer: Layer, form: Form) -> Callable[[], Mapping[str, Any]]:
+    tensor = layer.value.const_value
+    assert tensor is not None
+
+    def load() -> Mapping[str, Any]:
+        return quantization.encode(layer, fitted(form, layer), tensor.numpy().astype(np.float32, copy=False)).parts
+
+    return load
+
+
 def _stored(options: CoremlOptions) -> str:
+    if options.quantization is not None:
+        return options.quantization.recipe.name
     if options.form is not None:
         return options.form.name
     return "fp32" if options.precision == "fp32" else "fp16"

@@ -49,6 +49,7 @@ def test_the_manifest_lists_every_size_and_says_how_the_package_agrees(bundle_pa
         "target": "iOS18",
         "attention": "fused",
         "weights": None,
+        "compute_units": "all",
         "sizes": [[16, 16], [24, 8]],
     }
 
