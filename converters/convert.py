@@ -299,7 +299,14 @@ def _lower(
                 on_tensor=on_tensor,
             )
         elif target == "coreml" and plan is not None:
-            package, openers = plan.write(job.component, model, root, dtype=dtype, quantization=job.quantization)
+            package, openers = plan.write(
+                job.component,
+                model,
+                root,
+                dtype=dtype,
+                quantization=job.quantization,
+                check=job.is_measured(measure) and plan.measured(measure),
+            )
             forms[target], job.artefacts[target] = openers, package
     return forms
 

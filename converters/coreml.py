@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from edgedit.converters.checkpoint import Checkpoint
@@ -15,9 +17,11 @@ from edgedit.converters.families import Family
 from edgedit.converters.fixed_sizes import FixedSizes, fixed_sizes
 from edgedit.converters.graph import Component
 from edgedit.converters.lowerings import coreml as lowering
-from edgedit.converters.lowerings.coreml import CoremlArtefact
+from edgedit.converters.lowerings.coreml import CoremlArtefact, CoremlFunction
 from edgedit.converters.lowerings.mil.compression import WeightForm, parse_form
+from edgedit.converters.lowerings.mil.measured import more_islands
 from edgedit.converters.quantization.record import Quantization
+from edgedit.converters.reference import reference_inputs
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
 from edgedit.errors import ConversionError
 from edgedit.manifest import Function, TensorSpec
@@ -29,6 +33,9 @@ __all__ = ["CoremlOptions", "CoremlPlan", "plan_coreml"]
 
 #: Pictures of more pixels are not drawn with the interpreter to measure a package, unless that is asked for.
 MEASURE_PIXELS = 512 * 512
+
+#: Times that a package in float16 is written and measured at most.
+ROUNDS = 4
 
 Opener = Callable[[], Session]
 
@@ -108,27 +115,24 @@ class CoremlPlan:
         *,
         dtype: str,
         quantization: Quantization | None = None,
+        check: bool = False,
     ) -> tuple[CoremlArtefact, list[Opener]]:
         """Write the package of a component; what opens it with the interpreter, as it is and with float16 emulated.
 
         dtype: "fp32", "fp16", or the name of `quantization`, with which everything else is as with "fp16".
+        check: run a package in float16, and compute in float32 where it overflows or loses too much.
         """
-        artefact = lowering.write(
-            model,
-            root,
-            component.name,
-            inputs=component.inputs,
-            functions=self.sizes.functions(component.name),
-            options=lowering.CoremlOptions(
-                precision=precision_of(component, dtype),
-                target=self.options.target,
-                neural=self.options.compute_units == "ne",
-                fused_attention=self.options.fused,
-                whole_reason=_reason(component),
-                form=self._form(component.name),
-                quantization=quantization,
-            ),
+        options = lowering.CoremlOptions(
+            precision=precision_of(component, dtype),
+            target=self.options.target,
+            neural=self.options.compute_units == "ne",
+            fused_attention=self.options.fused,
+            whole_reason=_reason(component),
+            form=self._form(component.name),
+            quantization=quantization,
         )
+        inputs = reference_inputs(component, **self.reference_sizes(component.name)) if check else None
+        artefact = self._write(component, model, root, options, inputs)
         named = len(artefact.functions) > 1
         functions = [Function(f.name if named else None, f.dims) for f in artefact.functions]
         specs = [[TensorSpec(s.name, s.dtype, s.shape) for s in part] for part in (component.inputs, component.outputs)]
@@ -138,6 +142,56 @@ class CoremlPlan:
             return CoremlSession(engine, specs[0], specs[1], functions, component.name)
 
         return artefact, [partial(opened, emulate) for emulate in ((False,) if dtype == "fp32" else (False, True))]
+
+    def _write(
+        self,
+        component: Component,
+        model: ir.Model,
+        root: Path,
+        options: lowering.CoremlOptions,
+        inputs: Mapping[str, np.ndarray] | None,
+    ) -> CoremlArtefact:
+        """The package, written again while what is measured on `inputs` asks for more islands."""
+        functions = self.sizes.functions(component.name)
+        for _ in range(ROUNDS):
+            artefact = lowering.write(
+                model, root, component.name, inputs=component.inputs, functions=functions, options=options
+            )
+            if inputs is None or options.precision != "fp16":
+                break
+            fitting = _padded(component, functions, inputs)
+            if fitting is None:
+                break
+            name, given = fitting
+            package = root / artefact.graph
+            found = more_islands(package, artefact.origins, given, name if len(functions) > 1 else None)
+            if set(found) <= set(options.islands):
+                break
+            options = replace(options, islands={**found, **options.islands})
+            shutil.rmtree(package)
+        else:
+            artefact = lowering.write(
+                model, root, component.name, inputs=component.inputs, functions=functions, options=options
+            )
+        return artefact
+
+
+def _padded(
+    component: Component, functions: Sequence[CoremlFunction], inputs: Mapping[str, np.ndarray]
+) -> tuple[str, dict[str, np.ndarray]] | None:
+    """The function that inputs are for, and the inputs with their text filled up to its length."""
+    for function in functions:
+        given = {}
+        for spec in component.inputs:
+            value = np.asarray(inputs[spec.name])
+            shape = [d if isinstance(d, int) else function.dims[d] for d in spec.shape]
+            room = [(0, want - have) for want, have in zip(shape, value.shape, strict=True)]
+            if any(after < 0 or (after and d != "length") for d, (_, after) in zip(spec.shape, room, strict=True)):
+                break
+            given[spec.name] = np.pad(value, room)
+        else:
+            return function.name, given
+    return None
 
 
 def precision_of(component: Component, dtype: str) -> str:

@@ -73,6 +73,7 @@ class CoremlOptions:
         whole_reason: with precision "fp16-weights", why nothing is computed in float16.
         form: how large weights of linear layers and convolutions are stored.
         quantization: forms and codes of the layers by a recipe; None, or `form` is.
+        islands: nodes to compute in float32 besides those that the graph's structure shows, with the reason.
     """
 
     precision: str = "fp32"
@@ -82,6 +83,7 @@ class CoremlOptions:
     whole_reason: str = "asked for"
     form: WeightForm | None = None
     quantization: Quantization | None = None
+    islands: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class CoremlArtefact:
         files: everything in it, relative to the bundle.
         functions: one for each size.
         islands: node → why it is computed in float32; empty in a float32 package.
+        origins: MIL operation → node of the graph.
     """
 
     precision: str
@@ -101,6 +104,7 @@ class CoremlArtefact:
     files: tuple[str, ...]
     functions: tuple[CoremlFunction, ...]
     islands: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def write(
@@ -150,7 +154,13 @@ def write(
         files=tuple(path.relative_to(root).as_posix() for path in files),
         functions=tuple(functions),
         islands=islands,
+        origins=_origins(model, builder),
     )
+
+
+def _origins(model: ir.Model, builder: MilBuilder) -> dict[str, str]:
+    nodes = {str(node.name) for node in model.graph}
+    return {name: origin for name, origin in builder.origins.items() if origin in nodes}
 
 
 def _by_reason(islands: Mapping[str, str]) -> dict[str, list[str]]:
@@ -180,7 +190,7 @@ def _builder(model: ir.Model, options: CoremlOptions) -> MilBuilder:
     everything = options.precision == "fp16-weights"
     return MilBuilder(
         half=True,
-        islands=whole(model, options.whole_reason) if everything else find_islands(model),
+        islands=whole(model, options.whole_reason) if everything else {**options.islands, **find_islands(model)},
         store_half=everything,
         **stored,
     )

@@ -91,6 +91,7 @@ class MilBuilder:
         neural: the Neural Engine's form: at most four axes, tokens as maps of one row, 1×1 convolutions for layers.
         score_bytes: attention written out is cut along the queries when its scores would take more than this.
         norms: filled by the rules: nodes whose inner sums are in float32 while their results are not.
+        origins: MIL name → what it was made from, the name of a node for operations.
     """
 
     half: bool = False
@@ -103,6 +104,7 @@ class MilBuilder:
     neural: bool = False
     score_bytes: int = 256 << 20
     norms: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         library = coremltools()
@@ -137,7 +139,9 @@ class MilBuilder:
         plain = f"n_{plain}" if plain[0].isdigit() else plain
         count = self._names.get(plain, 0)
         self._names[plain] = count + 1
-        return f"{plain}_{count}" if count else plain
+        found = f"{plain}_{count}" if count else plain
+        self.origins[found] = text
+        return found
 
     def real(self, node: NodeInfo, *values: Any) -> str:
         """The float type that `node` computes in: "fp16", or "fp32" in an island.
