@@ -27,7 +27,7 @@ from edgedit.errors import ConversionError
 from edgedit.manifest import Function, TensorSpec
 from edgedit.runtimes.base import Session
 from edgedit.runtimes.coreml import CoremlSession
-from edgedit.runtimes.coreml_engine import InterpreterEngine, coremltools
+from edgedit.runtimes.coreml_engine import InterpreterEngine, chained, coremltools
 
 __all__ = ["CoremlOptions", "CoremlPlan", "plan_coreml"]
 
@@ -52,12 +52,14 @@ class CoremlOptions:
             "int4-b64"), "palette4" (or 1, 2, 3, 6, 8; "palette4-g16": one for 16 outputs). None: `dtype`.
         compute_units: "ne" for the form that the Neural Engine takes: four axes at most, 1x1 convolutions, attention in
             parts; "all" for the one that suits a GPU.
+        chunk_bytes: weights of one package at most; a larger component becomes several that run one after the other.
     """
 
     target: str = "iOS18"
     attention: str | None = None
     weights: str | None = None
     compute_units: str = "all"
+    chunk_bytes: int = lowering.CHUNK_BYTES
 
     def __post_init__(self) -> None:
         if self.target not in lowering.TARGETS:
@@ -130,6 +132,7 @@ class CoremlPlan:
             whole_reason=_reason(component),
             form=self._form(component.name),
             quantization=quantization,
+            chunk_bytes=self.options.chunk_bytes,
         )
         inputs = reference_inputs(component, **self.reference_sizes(component.name)) if check else None
         artefact = self._write(component, model, root, options, inputs)
@@ -138,7 +141,8 @@ class CoremlPlan:
         specs = [[TensorSpec(s.name, s.dtype, s.shape) for s in part] for part in (component.inputs, component.outputs)]
 
         def opened(emulate: bool) -> Session:
-            engine = InterpreterEngine(root / artefact.graph, emulate_fp16=emulate)
+            paths = [root / path for path in artefact.chunks or [artefact.graph]]
+            engine = chained([(path, InterpreterEngine(path, emulate_fp16=emulate)) for path in paths])
             return CoremlSession(engine, specs[0], specs[1], functions, component.name)
 
         return artefact, [partial(opened, emulate) for emulate in ((False,) if dtype == "fp32" else (False, True))]
@@ -157,7 +161,7 @@ class CoremlPlan:
             artefact = lowering.write(
                 model, root, component.name, inputs=component.inputs, functions=functions, options=options
             )
-            if inputs is None or options.precision != "fp16":
+            if inputs is None or options.precision != "fp16" or artefact.chunks:
                 break
             fitting = _padded(component, functions, inputs)
             if fitting is None:

@@ -29,7 +29,10 @@ def bundle_document(path: Path) -> dict[str, Any]:
         if "coreml" in component.artefacts:
             from edgedit.runtimes.mil_report import report
 
-            packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
+            artefact = component.artefacts["coreml"]
+            for index, chunk in enumerate(artefact.chunks or (artefact.graph,)):
+                label = f"{name} {index + 1}/{len(artefact.chunks)}" if artefact.chunks else name
+                packages[label] = report(bundle.path / chunk).as_dict()
     tuned = load(bundle)
     recipes = {}
     for name in bundle.manifest.components:
