@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -175,7 +175,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _coreml(**options: str | None) -> CoremlOptions | None:
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if not given:
         return None
     from edgedit.converters.coreml import CoremlOptions

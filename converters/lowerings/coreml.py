@@ -48,6 +48,9 @@ NEURAL_SCORES = 32 << 20
 #: Core ML maps a package's weights as one buffer, and those end at 4 GiB.
 CHUNK_BYTES = 4 << 30
 
+#: Arguments of fewer values are looked through for equal ones.
+_SHARED = 64
+
 #: What a chunk gives later ones: a shape and "fp32", "int32" or "bool", or an array that is known already.
 Carried = Any
 
@@ -150,7 +153,9 @@ def write(
     parts = cut(model, options.chunk_bytes, sizes)
     carried: list[dict[str, Carried]] = [{} for _ in functions]
     title = component.title().replace("_", "")
-    packages, origins, found = [], {}, {}
+    packages: list[Path] = []
+    origins: dict[str, str] = {}
+    found: dict[str, str] = {}
     for index, part in enumerate(parts):
         builder = _builder(part, options, islands)
         program = _program(builder, part, inputs, functions, carried, getattr(library.target, options.target))
@@ -323,11 +328,42 @@ def _program(
                 known[name] = shape_of(result), kind_name
                 outputs.append(builder.mb.identity(x=result, name=name))
             function.set_outputs(outputs)
+        _shorten(function, len(program.functions), builder.origins)
         program.add_function("main" if len(functions) == 1 else wanted.name, function)
     if len(functions) > 1:
         program.default_function_name = functions[0].name
         program.export_as_multifunction = True
     return program
+
+
+def _shorten(function: Any, number: int, origins: dict[str, str]) -> None:
+    """Numbers for the names of arguments, which repeat those of their operations, and in all functions but the first
+    for all names: the first one's say what the operations are, in the same order. `origins` learns the new names.
+
+    Equal arguments become one: every operation comes with some ten of them.
+    """
+    known: dict[Any, Any] = {}
+    kept = set(function.outputs)
+    for index, operation in enumerate(list(function.operations)):
+        value = operation.outputs[0]
+        if operation.op_type != "const":
+            if number and not kept.intersection(operation.outputs):
+                short = f"f{number}_{index}"
+                if operation.name in origins:
+                    origins[short] = origins[operation.name]
+                operation.name = short
+                for place, output in enumerate(operation.outputs):
+                    output.name = f"{short}_{place}" if place else short
+            continue
+        if not hasattr(operation, "weight_id") or operation.weight_id is None:
+            array = np.asarray(value.val)
+            key = (value.dtype, array.shape, array.dtype.str, array.tobytes() if array.size < _SHARED else index)
+            if key in known and array.dtype.kind != "U":
+                function.replace_uses_of_var_after_op(anchor_op=known[key].op, old_var=value, new_var=known[key])
+                function.remove_ops([operation])
+                continue
+            known[key] = value
+        operation.name = value.name = f"c{index}"
 
 
 def _convert(library: Any, program: Any, target: str) -> Any:

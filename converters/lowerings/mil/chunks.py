@@ -55,16 +55,14 @@ def _static(model: ir.Model) -> set[ir.Value]:
 def _weights(node: ir.Node, static: set[ir.Value]) -> set[ir.Value]:
     """Weights that a node uses, or that are worked into what it uses."""
     found: set[ir.Value] = set()
-    waiting = [value for value in node.inputs if value in static]
+    waiting = [value for value in node.inputs if value is not None and value in static]
     while waiting:
         value = waiting.pop()
-        if value is None:
-            continue
         producer = value.producer()
         if producer is None:
             found.add(value)
         else:
-            waiting.extend(producer.inputs)
+            waiting.extend(source for source in producer.inputs if source is not None)
     return found
 
 
