@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from edgedit.converters.measure import Opener, canonical_form, fit_preview, meas
 from edgedit.converters.mlx import MlxPlan, plan_mlx
 from edgedit.converters.parts import CUT, write_parts
 from edgedit.converters.prompts import read_prompts
+from edgedit.converters.quantization.backends import check_backends
 from edgedit.converters.quantization.calibrate import NEEDED, Calibration
 from edgedit.converters.quantization.layers import Layer, find_layers
 from edgedit.converters.quantization.prepare import is_slow, prepare
@@ -110,6 +112,7 @@ class _Job:
     precisions: dict[str, str] = field(default_factory=dict)
     quantization: Quantization | None = None
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    prepare: Callable[[ir.Model], tuple[Quantization, Mapping[str, Layer]]] | None = None
 
     @property
     def section(self) -> Section:
@@ -153,8 +156,8 @@ def convert(
         to: backends to make artefacts for.
         dtype: "fp32"; "fp16" for weights stored as float16 (arithmetic stays float32); "w8", "w4", "w3" or "w2" for
             weights in so many bits, "fp4" for 4-bit floats; "w8a8" or "w4a8" for int8 arithmetic in the transformer's
-            blocks as well; or the .toml file of a recipe. Core ML and MLX take fp32 and fp16; Core ML computes in
-            float16 where it can, and MLX in a transformer.
+            blocks as well; or the .toml file of a recipe. Every backend gets the same codes; a form that one lacks is
+            refused. Of what has no codes Core ML computes in float16 where it can, and MLX in a transformer.
         calibration: a file of prompts, one a line, or "self" for eight of the checkpoint's own or of a general list.
             The model draws them, and what its layers saw on the way makes quantized weights lose less. An
             interrupted conversion goes on where it was when it is given again with the same options.
@@ -183,13 +186,11 @@ def convert(
     for target in to:
         if target not in TARGETS:
             raise ConversionError(f"unknown target {target!r}; choose from: {', '.join(TARGETS)}")
-    recipe = recipe_of(dtype, calibrated=calibration is not None)
+    recipe = recipe_of(dtype, calibrated=calibration is not None, ranges="coreml" in to)
     if not to:
         raise ConversionError(f"no target given; choose from: {', '.join(TARGETS)}")
-    if "coreml" in to and recipe is not None:
-        raise ConversionError(f"dtype {dtype} is for ONNX; for Core ML choose fp16 and quantized Core ML weights")
-    if "mlx" in to and recipe is not None:
-        raise ConversionError(f"dtype {dtype} is for ONNX; for MLX choose fp16 and quantized MLX weights")
+    if recipe is not None and ((coreml and coreml.weights) or mlx_weights):
+        raise ConversionError(f"dtype {dtype} says how weights are stored; leave the Core ML or MLX weights out")
     if "coreml" not in to and coreml:
         raise ConversionError("Core ML options need the target coreml; add it to the targets")
     if "mlx" not in to and mlx_weights is not None:
@@ -207,7 +208,9 @@ def convert(
     options: dict[str, Any] = {"to": list(to), "dtype": dtype, "components": names, "variant": variant}
     if recipe is not None:
         for job in jobs:
-            recipe.resolve(job.name, find_layers(job.model))
+            layers = find_layers(job.model)
+            resolved = recipe.resolve(job.name, layers)
+            check_backends(recipe.name, job.name, resolved, layers, to, calibrated=calibration is not None)
     prompts = [] if calibration is None else _prompts(calibration, checkpoint)
     options |= {"calibration": calibration} if calibration is not None else {}
     plan, mlx = None, None
@@ -229,6 +232,9 @@ def convert(
         preview = None
         work = _quantize(recipe, checkpoint, family, jobs, Path(bundle), prompts, options, on_progress)
         for job in jobs:
+            if job.quantization is not None:
+                check_backends(dtype, job.name, job.quantization.forms, job.layers, to, calibrated=bool(prompts))
+                write_record(writer.root, job.name, job.quantization, job.layers)
             forms = _lower(job, writer.root, to, dtype, plan, mlx, measure, _counter(job.name, on_progress))
             fitted = _measure(job, writer.root, forms, plan, measure, own=dtype == "fp32")
             preview = fitted or preview
@@ -270,9 +276,9 @@ def _lower(
     forms: dict[str, list[Opener]] = {}
     for index, target in enumerate(dict.fromkeys(to)):
         model = job.model if index == 0 else _canonical(job.source, job.name)[1]
+        if index and job.prepare is not None:
+            job.prepare(model)
         if target == "onnx":
-            if job.quantization is not None:
-                write_record(root, job.name, job.quantization, job.layers)
             written = onnx_lowering.write(
                 model, root, job.name, dtype=dtype, quantization=job.quantization, on_tensor=on_tensor
             )
@@ -284,10 +290,23 @@ def _lower(
             forms[target], job.artefacts[target] = onnx_sessions(root, written), written
         elif target == "mlx" and mlx is not None:
             job.artefacts[target], forms[target] = mlx.write(
-                job.component, model, root, dtype=dtype, check=job.is_measured(measure), on_tensor=on_tensor
+                job.component,
+                model,
+                root,
+                dtype=dtype,
+                quantization=job.quantization,
+                check=job.is_measured(measure),
+                on_tensor=on_tensor,
             )
         elif target == "coreml" and plan is not None:
-            package, openers = plan.write(job.component, model, root, dtype=dtype)
+            package, openers = plan.write(
+                job.component,
+                model,
+                root,
+                dtype=dtype,
+                quantization=job.quantization,
+                check=job.is_measured(measure) and plan.measured(measure),
+            )
             forms[target], job.artefacts[target] = openers, package
     return forms
 
@@ -310,7 +329,8 @@ def _measure(
     preview = None
     if run and job.is_measured(measure):
         fresh = None if own and "onnx" in run else _canonical(job.source, job.name)[1]
-        job.parity = measure_forms(root, job.component, run, fresh, sizes)
+        compressed = [b for b, artefact in job.artefacts.items() if artefact.precision not in ("fp32", "fp16")]
+        job.parity = measure_forms(root, job.component, run, fresh, sizes, compressed)
         if job.name == "decoder":
             if "onnx" in run:
                 preview = fit_preview(job.component, run["onnx"][0])
@@ -433,7 +453,7 @@ def _quantize(
     if recipe is None:
         return None
     work, calibration = None, None
-    if is_slow(recipe):
+    if is_slow(recipe) or prompts:
         files = [path.stat() for path in sorted(checkpoint.path.rglob("*")) if path.is_file()]
         rules = {c: {r.pattern: r.form.as_dict() for r in lines} for c, lines in recipe.rules.items()}
         state = {"source": str(checkpoint.path), "files": [[s.st_size, s.st_mtime_ns] for s in files]}
@@ -443,7 +463,10 @@ def _quantize(
     if work is not None and prompts:
         calibration = _calibration(checkpoint, family, prompts, work, on_progress)
     for job in jobs:
-        job.quantization, job.layers = prepare(recipe, job.name, job.model, work, calibration)
+        job.prepare = partial(
+            prepare, recipe, job.name, work=work, calibration=calibration, ranges="coreml" in options["to"]
+        )
+        job.quantization, job.layers = job.prepare(job.model)
     return work
 
 

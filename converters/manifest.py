@@ -137,6 +137,7 @@ def _artefact(written: Written) -> dict[str, Any]:
         "parts": getattr(artefact, "parts", None),
         **_functions(artefact),
         **_exported(artefact),
+        **({"chunks": list(chunks)} if (chunks := getattr(artefact, "chunks", ())) else {}),
     }
 
 

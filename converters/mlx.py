@@ -17,6 +17,7 @@ from edgedit.converters.fixed_sizes import FixedSizes, fixed_sizes
 from edgedit.converters.graph import Component
 from edgedit.converters.lowerings.mlx_quantization import MlxQuantization
 from edgedit.converters.manifest import guidance_of
+from edgedit.converters.quantization.record import Quantization
 from edgedit.converters.tokenizer import CheckpointTokenizer, prompt_recipe
 from edgedit.errors import ConversionError, RuntimeUnavailableError
 from edgedit.manifest import Exported
@@ -70,15 +71,23 @@ class MlxPlan:
         *,
         dtype: str,
         check: bool,
+        quantization: Quantization | None = None,
         on_tensor: Callable[[int, int], None] | None = None,
     ) -> tuple[MlxArtefact, list[Opener]]:
         """Write a component's graph, weights and functions; what opens it on this machine's best device.
 
+        quantization: the forms of the layers; `dtype` is then its name.
         check: read the exported functions back and run them.
         """
         lowering = import_module("edgedit.converters.lowerings.mlx")
         artefact: MlxArtefact = lowering.write(
-            model, root, component.name, dtype=dtype, quantization=self._form(component.name), on_tensor=on_tensor
+            model,
+            root,
+            component.name,
+            dtype=dtype,
+            quantization=self._form(component.name),
+            recipe=quantization,
+            on_tensor=on_tensor,
         )
         graph, weights = (root / path for path in artefact.files)
         runtime = import_module("edgedit.runtimes.mlx")

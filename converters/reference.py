@@ -24,8 +24,16 @@ def reference_inputs(
     return example_inputs(component.name, component.inputs, component.runtime, tokens=tokens, length=length)
 
 
-def save(path: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-    """Write inputs and outputs as one `.npz` (the same bytes for the same arrays)."""
+def save(
+    path: Path,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray],
+    own: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Write inputs and outputs as one `.npz` (the same bytes for the same arrays); `own` are outputs of compressed
+    forms by backend."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {**{f"in.{k}": v for k, v in inputs.items()}, **{f"out.{k}": v for k, v in outputs.items()}}
+    for backend, values in (own or {}).items():
+        arrays |= {f"own.{backend}.{k}": v for k, v in values.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]

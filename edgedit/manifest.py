@@ -85,6 +85,7 @@ class Artefact:
 
     `functions` are the sizes that it was made for; empty for a graph that takes any.
     `tiles` is the plan (JSON) by which a picture's tiles are computed, None where the component only runs whole.
+    `chunks` are the Core ML packages that run one after the other, `graph` first; empty where there is one only.
     `parts` is the plan (JSON) of the graphs that a transformer is cut into between its blocks, None where it is not.
     """
 
@@ -97,6 +98,7 @@ class Artefact:
     tiles: str | None = None
     parts: str | None = None
     exported: Exported | None = None
+    chunks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

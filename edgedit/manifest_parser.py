@@ -84,6 +84,7 @@ def check_references(manifest: Manifest, source: str) -> None:
             graphs = [artefact.graph, *([artefact.fused_graph.path] if artefact.fused_graph else [])]
             graphs += [plan for plan in (artefact.tiles, artefact.parts) if plan]
             graphs += [artefact.exported.path] if artefact.exported else []
+            graphs += artefact.chunks
             for graph in graphs:
                 if not any(path == graph or path.startswith(graph + "/") for path in artefact.files):
                     place.fail(f"the graph {graph} is not among the artefact's files")
@@ -138,6 +139,9 @@ def _artefact(node: JsonNode) -> Artefact:
         tiles=node.at("tiles").nullable(_path) if "tiles" in node.members() else None,
         parts=node.at("parts").nullable(_path) if "parts" in node.members() else None,
         exported=_exported(node.at("exported")) if "exported" in node.members() else None,
+        chunks=tuple(_path(part) for part in node.at("chunks").elements(minimum=2))
+        if "chunks" in node.members()
+        else (),
     )
 
 

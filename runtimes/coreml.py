@@ -15,7 +15,7 @@ import numpy as np
 from edgedit.device import cache_dir
 from edgedit.errors import BundleError, InputError
 from edgedit.manifest import Function, TensorSpec
-from edgedit.runtimes.coreml_engine import CoremlEngine, Engine, InterpreterEngine, require_macos
+from edgedit.runtimes.coreml_engine import CoremlEngine, Engine, InterpreterEngine, chained, require_macos
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -152,8 +152,9 @@ class CoremlRuntime:
         label = f"{self.bundle.path.name}/{component}"
         if not artefact.functions:
             raise BundleError(f"{label}: the manifest does not say what sizes the package has; convert it again")
-        package = self.bundle.path / artefact.graph
-        return CoremlSession(self._engine(package), entry.inputs, entry.outputs, artefact.functions, label)
+        packages = [self.bundle.path / path for path in artefact.chunks or (artefact.graph,)]
+        engine = chained([(package, self._engine(package)) for package in packages])
+        return CoremlSession(engine, entry.inputs, entry.outputs, artefact.functions, label)
 
     def _engine(self, package: Path) -> Engine:
         if self.options.interpreter:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 
 from edgedit.errors import BundleError, InputError, RuntimeUnavailableError
 
-__all__ = ["COMPUTE_UNITS", "CoremlEngine", "Engine", "InterpreterEngine", "coremltools", "require_macos"]
+__all__ = ["COMPUTE_UNITS", "CoremlEngine", "Engine", "InterpreterEngine", "chained", "coremltools", "require_macos"]
 
 #: What Core ML may use, by the names that people type → coremltools' ComputeUnit.
 COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ne": "CPU_AND_NE"}
@@ -81,6 +81,39 @@ class InterpreterEngine:
     def close(self) -> None:
         """Free the weights."""
         self.interpreter = None
+
+
+class _Chain:
+    """Packages that run one after the other: each takes what it names of the inputs and of what came before."""
+
+    def __init__(self, links: Sequence[tuple[Mapping[str | None, Collection[str]], Engine]]) -> None:
+        self.links = links
+
+    def run(self, function: str | None, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Evaluate a function of every package."""
+        values = dict(inputs)
+        for names, engine in self.links:
+            values |= engine.run(function, {name: values[name] for name in names[function]})
+        return values
+
+    def close(self) -> None:
+        """Free what is held."""
+        for _, engine in self.links:
+            engine.close()
+
+
+def chained(engines: Sequence[tuple[Path, Engine]]) -> Engine:
+    """One engine for the packages of a component, in their order. Raises BundleError for a damaged one."""
+    if len(engines) == 1:
+        return engines[0][1]
+    from edgedit.runtimes.mil_package import read_package
+
+    links = []
+    for path, engine in engines:
+        package = read_package(path)
+        names: dict[str | None, Collection[str]] = {name: list(f.inputs) for name, f in package.functions.items()}
+        links.append(({**names, None: names[package.default]}, engine))
+    return _Chain(links)
 
 
 class CoremlEngine:

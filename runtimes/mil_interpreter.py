@@ -31,6 +31,7 @@ class MilInterpreter:
 
     Attributes:
         package: what is on disk.
+        rounded: names of the operations whose results are rounded with `emulate_fp16`; None for all of them.
         overflows: operation → largest magnitude, for values that the program declares float16 and that it cannot hold,
             over all runs so far.
 
@@ -46,6 +47,7 @@ class MilInterpreter:
     def __init__(self, package: str | Path | MilPackage, *, emulate_fp16: bool = False) -> None:
         self.package = package if isinstance(package, MilPackage) else read_package(package)
         self.emulate_fp16 = emulate_fp16
+        self.rounded: frozenset[str] | None = None
         self.overflows: dict[str, float] = {}
         for function in self.package.functions.values():
             for operation in function.operations:
@@ -154,7 +156,7 @@ class MilInterpreter:
         largest = float(np.abs(result).max(initial=0.0))
         if not largest <= FLOAT16_MAX:
             self.overflows[operation.name] = max(largest, self.overflows.get(operation.name, 0.0))
-        if not self.emulate_fp16:
+        if not self.emulate_fp16 or (self.rounded is not None and operation.name not in self.rounded):
             return result
         with np.errstate(over="ignore"):
             return np.asarray(result).astype(np.float16).astype(np.float32)

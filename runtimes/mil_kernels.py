@@ -165,6 +165,24 @@ KERNELS["reduce_max"] = _reduction(np.max)
 KERNELS["reduce_min"] = _reduction(np.min)
 
 
+@kernel("quantize")
+def quantize(input: Array, scale: Any, output_dtype: str, zero_point: Any = 0, axis: Any = None) -> Array:
+    """Codes: the nearest whole number of steps, plus the zero point, within the type."""
+    if axis is not None:
+        raise NotImplementedError("quantize along an axis")
+    limits = np.iinfo(np.dtype(output_dtype))
+    codes = np.rint(input / np.float32(scale)) + np.float32(zero_point)
+    return np.asarray(np.clip(codes, limits.min, limits.max).astype(output_dtype))
+
+
+@kernel("dequantize")
+def dequantize(input: Array, scale: Any, zero_point: Any = 0, axis: Any = None) -> Array:
+    """(codes - zero point) times a step."""
+    if axis is not None:
+        raise NotImplementedError("dequantize along an axis")
+    return np.asarray((input.astype(np.float32) - np.float32(zero_point)) * np.float32(scale))
+
+
 @kernel("softmax")
 def softmax(x: Array, axis: Any = -1) -> Array:
     """exp(x - max) over its sum."""
@@ -354,6 +372,13 @@ def slice_by_index(
         first = None if begin_mask is not None and bool(begin_mask[i]) else int(begin[i])
         last = None if end_mask is not None and bool(end_mask[i]) else int(end[i])
         places.append(slice(first, last, 1 if stride is None else int(stride[i])))
+    return np.asarray(x[tuple(places)])
+
+
+@kernel("slice_by_size")
+def slice_by_size(x: Array, begin: Any, size: Any) -> Array:
+    """A part of each axis by its begin and its length; -1 is all that is left."""
+    places = [slice(int(b), None if int(n) == -1 else int(b) + int(n)) for b, n in zip(begin, size, strict=True)]
     return np.asarray(x[tuple(places)])
 
 

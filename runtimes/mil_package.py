@@ -118,13 +118,15 @@ class MilFunction:
 
 @dataclass(frozen=True)
 class MilPackage:
-    """A package as it is on disk; weights are not read. `default` is the function that runs when none is named."""
+    """A package as it is on disk; weights are not read. `default` is the function that runs when none is named,
+    `metadata` what its writer noted."""
 
     path: Path
     specification: int
     functions: dict[str, MilFunction]
     default: str
     weights: Path
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -286,7 +288,8 @@ def read_package(path: str | Path) -> MilPackage:
             raise ValueError("it holds no ML Program")
         functions = {name: _function(name, function, weights) for name, function in message.message(502).entries(2)}
         default = message.message(2).text(21) or next(iter(functions))
-        return MilPackage(folder, message.number(1), functions, default, weights)
+        noted = {entry.text(1): entry.text(2) for entry in message.message(2).message(100).messages(100)}
+        return MilPackage(folder, message.number(1), functions, default, weights, noted)
     except FileNotFoundError as error:
         raise BundleError(f"{folder}: {error.filename} is missing; convert the model again") from error
     except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration, struct.error) as error:

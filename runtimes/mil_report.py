@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from edgedit.runtimes.mil_constants import DECOMPRESS
 from edgedit.runtimes.mil_package import Blob, MilOperation, read_package
 
-__all__ = ["PackageReport", "report"]
+__all__ = ["ISLANDS", "PackageReport", "report"]
+
+#: Key of a package's metadata: JSON of the nodes that are computed in float32, by reason.
+ISLANDS = "edgedit.islands"
 
 #: The Neural Engine computes in float16 and takes tensors of up to four axes.
 _NEURAL_ENGINE_RANK = 4
@@ -28,7 +32,8 @@ class PackageReport:
         units: how many the Neural Engine could take (float16, at most four axes), and how many are left to the GPU and
             the CPU. Core ML decides when it compiles; this is an upper bound.
         float32: operations that give float32, by operator.
-        largest_rank: the most axes of any tensor; `ranked` names the operations above four.
+        largest_rank: the most axes of any tensor; `ranked` has the shapes of those above four, by operation.
+        islands: nodes of the graph that are computed in float32, by reason.
         weights: bytes in the file by stored type, each tensor once.
     """
 
@@ -39,7 +44,8 @@ class PackageReport:
     units: dict[str, int]
     float32: dict[str, int]
     largest_rank: int
-    ranked: list[str]
+    ranked: dict[str, list[int]]
+    islands: dict[str, list[str]]
     weights: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,7 +78,13 @@ def report(package: Path) -> PackageReport:
         units={"Neural Engine, GPU or CPU": able, "GPU or CPU": len(operations) - able},
         float32=dict(Counter(o.kind for o in operations if o.outputs[0][1].dtype == "fp32").most_common()),
         largest_rank=max((rank for rank, _ in ranks), default=0),
-        ranked=[name for rank, name in ranks if rank > _NEURAL_ENGINE_RANK],
+        ranked={
+            operation.name: list(kind.shape)
+            for operation in operations
+            for _, kind in operation.outputs
+            if len(kind.shape) > _NEURAL_ENGINE_RANK
+        },
+        islands=json.loads(found.metadata.get(ISLANDS, "{}")),
         weights=dict(stored.most_common()),
     )
 

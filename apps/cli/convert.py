@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,6 +58,14 @@ def convert(
     coreml_attention: Annotated[
         str | None,
         typer.Option(metavar="FORM", help="fused, or written (product, softmax, product).", show_default="fused"),
+    ] = None,
+    compute_units: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNITS",
+            help="Form of Core ML packages: ne for the Neural Engine, all for the GPU.",
+            show_default="all",
+        ),
     ] = None,
     coreml_weights: Annotated[
         str | None,
@@ -131,7 +139,9 @@ def convert(
             dtype=dtype,
             calibration=calibration,
             sizes=[_size(text) for text in size] if size else None,
-            coreml=_coreml(target=coreml_target, attention=coreml_attention, weights=coreml_weights),
+            coreml=_coreml(
+                target=coreml_target, attention=coreml_attention, weights=coreml_weights, compute_units=compute_units
+            ),
             mlx_weights=mlx_weights,
             components=None if components is None else _names("--components", components),
             revision=revision,
@@ -165,7 +175,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _coreml(**options: str | None) -> CoremlOptions | None:
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if not given:
         return None
     from edgedit.converters.coreml import CoremlOptions

@@ -13,6 +13,8 @@ __all__ = ["bundle_document", "print_bundle"]
 
 #: Characters of a prompt template that are shown.
 TEMPLATE_SHOWN = 80
+#: Nodes and tensors of a package that are named before the rest is counted.
+LISTED = 3
 
 
 def bundle_document(path: Path) -> dict[str, Any]:
@@ -27,7 +29,10 @@ def bundle_document(path: Path) -> dict[str, Any]:
         if "coreml" in component.artefacts:
             from edgedit.runtimes.mil_report import report
 
-            packages[name] = report(bundle.path / component.artefacts["coreml"].graph).as_dict()
+            artefact = component.artefacts["coreml"]
+            for index, chunk in enumerate(artefact.chunks or (artefact.graph,)):
+                label = f"{name} {index + 1}/{len(artefact.chunks)}" if artefact.chunks else name
+                packages[label] = report(bundle.path / chunk).as_dict()
     tuned = load(bundle)
     recipes = {}
     for name in bundle.manifest.components:
@@ -88,12 +93,12 @@ def print_bundle(document: Mapping[str, Any]) -> None:
         shown = [f"{name} on {p['engine']}, threads {p['threads']}, {p['form']} graph" for name, p in chosen]
         print_facts({"tuned here": "; ".join(shown)})
     if document["coreml"]:
-        _print_packages(document["coreml"], manifest["components"])
+        _print_packages(document["coreml"])
     if document["quantization"]:
         print_quantization(document["quantization"])
 
 
-def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) -> None:
+def _print_packages(packages: Mapping[str, Any]) -> None:
     """What Core ML's packages hold, and why parts of them are float32."""
     print_table(
         ["Core ML package", "sizes", "operators", "fp16", "fp32", "for the Neural Engine", "axes", "weights"],
@@ -111,9 +116,18 @@ def _print_packages(packages: Mapping[str, Any], components: Mapping[str, Any]) 
             for name, package in packages.items()
         ],
     )
-    for name in packages:
-        for reason, nodes in components[name]["artefacts"]["coreml"].get("islands", {}).items():
-            print_line(f"{name}: {nodes} nodes in float32: {reason}")
+    for name, package in packages.items():
+        for reason, nodes in package["islands"].items():
+            print_line(f"{name}: {len(nodes)} nodes in float32: {reason} ({_some(nodes)})")
+        wide = [f"{operation} {shape}" for operation, shape in package["ranked"].items()]
+        if wide:
+            print_line(f"{name}: {len(wide)} tensors of more than four axes, not for the Neural Engine: {_some(wide)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many; --json has all."""
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more, listed by --json" if rest > 0 else "")
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, str | None]:

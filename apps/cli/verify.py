@@ -65,7 +65,7 @@ def verify(
         print_json(report.as_dict())
     elif not quiet:
         print_table(
-            ["component", "backend", "type", "rel. L2", "tolerance", "parity", "result"],
+            ["component", "backend", "type", "rel. L2", "tolerance", "parity", "since conversion", "result"],
             [_row(check) for check in report.components],
         )
         for drawn in report.pictures:
@@ -84,7 +84,7 @@ def verify(
 def _row(check: ComponentCheck) -> list[str]:
     found = check.agreement
     if found is None:
-        return [check.name, check.backend, check.precision, "-", "-", "-", "not checked"]
+        return [check.name, check.backend, check.precision, "-", "-", "-", "-", "not checked"]
     return [
         check.name,
         check.backend,
@@ -92,5 +92,6 @@ def _row(check: ComponentCheck) -> list[str]:
         small(found.relative_l2),
         small(check.tolerance),
         decibels(found.psnr_db),
+        "-" if check.own is None else small(check.own),
         "passed" if check.passed else "FAILED",
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ import numpy as np
 import onnx_ir as ir
 
 from edgedit.converters.graph import TensorSpec
-from edgedit.converters.lowerings.driver import is_static, lower
+from edgedit.converters.lowerings.driver import dense, is_static, lower
 from edgedit.converters.lowerings.mil import attention, elementwise, movement, networks
-from edgedit.converters.lowerings.mil.builder import MilBuilder
+from edgedit.converters.lowerings.mil.builder import MilBuilder, shape_of
+from edgedit.converters.lowerings.mil.chunks import cut
+from edgedit.converters.lowerings.mil.codes import Coded
 from edgedit.converters.lowerings.mil.compression import WeightForm
 from edgedit.converters.lowerings.mil.islands import find_islands, whole
+from edgedit.converters.quantization.form import Form
+from edgedit.converters.quantization.layers import Layer, find_layers, fitted
+from edgedit.converters.quantization.record import Quantization, stored_bytes
 from edgedit.errors import ConversionError
 from edgedit.runtimes.coreml_engine import coremltools
+from edgedit.runtimes.mil_report import ISLANDS
 
 __all__ = ["PRECISIONS", "TARGETS", "CoremlArtefact", "CoremlFunction", "CoremlOptions", "write"]
 
@@ -34,6 +41,18 @@ PRECISIONS = ("fp32", "fp16", "fp16-weights")
 
 #: Deployment targets by the names that people use.
 TARGETS = ("iOS18", "iOS26")
+
+#: Attention in the Neural Engine's form has at most this many bytes of scores at a time: its memory is small.
+NEURAL_SCORES = 32 << 20
+
+#: Core ML maps a package's weights as one buffer, and those end at 4 GiB.
+CHUNK_BYTES = 4 << 30
+
+#: Arguments of fewer values are looked through for equal ones.
+_SHARED = 64
+
+#: What a chunk gives later ones: a shape and "fp32", "int32" or "bool", or an array that is known already.
+Carried = Any
 
 #: coremltools' passes that run on a program that is already in the form that it is wanted in.
 _PASSES = [
@@ -59,16 +78,24 @@ class CoremlOptions:
     Attributes:
         precision: one of PRECISIONS.
         target: one of TARGETS.
+        neural: the Neural Engine's form; see `MilBuilder`.
         fused_attention: `scaled_dot_product_attention`, or its parts written out.
         whole_reason: with precision "fp16-weights", why nothing is computed in float16.
         form: how large weights of linear layers and convolutions are stored.
+        quantization: forms and codes of the layers by a recipe; None, or `form` is.
+        islands: nodes to compute in float32 besides those that the graph's structure shows, with the reason.
+        chunk_bytes: weights of one package at most; a larger component becomes several.
     """
 
     precision: str = "fp32"
     target: str = "iOS18"
+    neural: bool = False
     fused_attention: bool = True
     whole_reason: str = "asked for"
     form: WeightForm | None = None
+    quantization: Quantization | None = None
+    islands: Mapping[str, str] = field(default_factory=dict)
+    chunk_bytes: int = CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -76,11 +103,13 @@ class CoremlArtefact:
     """A package in the bundle.
 
     Attributes:
-        precision: of the weights: "fp32", "fp16", or the name of a compressed form.
+        precision: of the weights: "fp32", "fp16", or the name of a compressed form or of a recipe.
         graph: the package's folder, relative to the bundle.
         files: everything in it, relative to the bundle.
         functions: one for each size.
         islands: node → why it is computed in float32; empty in a float32 package.
+        origins: MIL operation → node of the graph.
+        chunks: the packages that run one after the other, `graph` first; empty where there is one only.
     """
 
     precision: str
@@ -88,6 +117,8 @@ class CoremlArtefact:
     files: tuple[str, ...]
     functions: tuple[CoremlFunction, ...]
     islands: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    chunks: tuple[str, ...] = ()
 
 
 def write(
@@ -117,39 +148,131 @@ def write(
     if options.target not in TARGETS:
         raise ConversionError(f"unknown Core ML target {options.target!r}; choose from: {', '.join(TARGETS)}")
     library = coremltools()
-    builder = _builder(model, options)
-    program = _program(builder, model, inputs, functions, getattr(library.target, options.target))
-    package = root / folder / (component.title().replace("_", "") + ".mlpackage")
-    package.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _convert(library, program, options.target).save(str(package))
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{component}: coremltools refuses the program: {reason}") from error
-    files = sorted(path for path in package.rglob("*") if path.is_file())
+    islands = _islands(model, options)
+    sizes = _bytes_of(model, options)
+    parts = cut(model, options.chunk_bytes, sizes)
+    carried: list[dict[str, Carried]] = [{} for _ in functions]
+    title = component.title().replace("_", "")
+    packages: list[Path] = []
+    origins: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for index, part in enumerate(parts):
+        builder = _builder(part, options, islands)
+        program = _program(builder, part, inputs, functions, carried, getattr(library.target, options.target))
+        package = root / folder / (f"{title}_{index}.mlpackage" if len(parts) > 1 else f"{title}.mlpackage")
+        package.parent.mkdir(parents=True, exist_ok=True)
+        own = {str(node.name) for node in part.graph}
+        reasons = {k: v for k, v in {**builder.islands, **builder.norms}.items() if k in own} if builder.half else {}
+        try:
+            converted = _convert(library, program, options.target)
+            if reasons:
+                converted.user_defined_metadata[ISLANDS] = json.dumps(_by_reason(reasons), separators=(",", ":"))
+            converted.save(str(package))
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConversionError(f"{component}: coremltools refuses the program: {reason}") from error
+        packages.append(package)
+        found |= reasons
+        origins |= _origins(part, builder)
+    files = sorted(path for package in packages for path in package.rglob("*") if path.is_file())
+    paths = [package.relative_to(root).as_posix() for package in packages]
     return CoremlArtefact(
         precision=_stored(options),
-        graph=package.relative_to(root).as_posix(),
+        graph=paths[0],
         files=tuple(path.relative_to(root).as_posix() for path in files),
         functions=tuple(functions),
-        islands={**builder.islands, **builder.norms} if builder.half else {},
+        islands=found,
+        origins=origins,
+        chunks=tuple(paths) if len(paths) > 1 else (),
     )
 
 
-def _builder(model: ir.Model, options: CoremlOptions) -> MilBuilder:
+def _bytes_of(model: ir.Model, options: CoremlOptions) -> Callable[[ir.Value], int]:
+    """Bytes that a weight takes in its package."""
+    layers = {str(layer.value.name): layer for layer in find_layers(model).values()}
+
+    def size(value: ir.Value) -> int:
+        tensor = value.const_value
+        assert tensor is not None
+        layer = layers.get(str(value.name))
+        if layer is not None and options.quantization is not None and layer.name in options.quantization.forms:
+            return stored_bytes(fitted(options.quantization.forms[layer.name], layer), layer)
+        if layer is not None and options.form is not None and layer.kind != "table":
+            return int(tensor.size) * options.form.bits // 8
+        return int(tensor.size) * (4 if options.precision == "fp32" else 2)
+
+    return size
+
+
+def _islands(model: ir.Model, options: CoremlOptions) -> dict[str, str]:
+    """Of the whole graph: a chunk does not show what its values are for."""
     if options.precision == "fp32":
-        return MilBuilder(fused_attention=options.fused_attention, form=options.form)
+        return {}
+    if options.precision == "fp16-weights":
+        return whole(model, options.whole_reason)
+    return {**options.islands, **find_islands(model)}
+
+
+def _origins(model: ir.Model, builder: MilBuilder) -> dict[str, str]:
+    nodes = {str(node.name) for node in model.graph}
+    return {name: origin for name, origin in builder.origins.items() if origin in nodes}
+
+
+def _by_reason(islands: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for node, reason in islands.items():
+        found.setdefault(reason, []).append(node)
+    return found
+
+
+def _builder(model: ir.Model, options: CoremlOptions, islands: Mapping[str, str]) -> MilBuilder:
+    stored: dict[str, Any] = {
+        "fused_attention": options.fused_attention,
+        "form": options.form,
+        "neural": options.neural,
+    }
+    if options.neural:
+        stored["score_bytes"] = NEURAL_SCORES
+    if options.quantization is not None:
+        stored["codes"] = _codes(model, options.quantization)
+        stored["keep32"] = frozenset(
+            str(layer.value.name)
+            for name, layer in find_layers(model).items()
+            if name in options.quantization.float32_layers
+        )
+    if options.precision == "fp32":
+        return MilBuilder(**stored)
     everything = options.precision == "fp16-weights"
-    return MilBuilder(
-        half=True,
-        islands=whole(model, options.whole_reason) if everything else find_islands(model),
-        store_half=everything,
-        fused_attention=options.fused_attention,
-        form=options.form,
-    )
+    return MilBuilder(half=True, islands=dict(islands), store_half=everything, **stored)
+
+
+def _codes(model: ir.Model, quantization: Quantization) -> dict[str, Coded]:
+    """What the recipe stores, by the name of the weight; nothing is rounded yet."""
+    found = {}
+    for name, layer in find_layers(model).items():
+        form = quantization.forms.get(name)
+        if form is None or not (form.is_coded or form.sparsity is not None):
+            continue
+        peak = quantization.input_peaks.get(name) if form.int8_activations else None
+        found[str(layer.value.name)] = Coded(
+            fitted(form, layer), layer.kind, _parts(quantization, layer, form), None if peak is None else peak / 127
+        )
+    return found
+
+
+def _parts(quantization: Quantization, layer: Layer, form: Form) -> Callable[[], Mapping[str, Any]]:
+    tensor = layer.value.const_value
+    assert tensor is not None
+
+    def load() -> Mapping[str, Any]:
+        return quantization.encode(layer, fitted(form, layer), tensor.numpy().astype(np.float32, copy=False)).parts
+
+    return load
 
 
 def _stored(options: CoremlOptions) -> str:
+    if options.quantization is not None:
+        return options.quantization.recipe.name
     if options.form is not None:
         return options.form.name
     return "fp32" if options.precision == "fp32" else "fp16"
@@ -160,31 +283,87 @@ def _program(
     model: ir.Model,
     inputs: Sequence[TensorSpec],
     functions: Sequence[CoremlFunction],
+    carried: Sequence[dict[str, Carried]],
     target: Any,
 ) -> Any:
+    """One chunk's functions. `carried` has what earlier chunks gave each function, and takes in what this one gives."""
     from coremltools.converters.mil.mil import Function, Program
 
     program = Program()
-    for wanted in functions:
+    specs = {spec.name: spec for spec in inputs}
+    taken = [str(value.name) for value in model.graph.inputs]
+    # A graph that was not cut takes all that the component does, whether it uses it or not.
+    taken = taken if any(carried) or set(taken) < set(specs) else list(specs)
+    final = {str(value.name) for value in model.graph.outputs if not str(value.name).startswith("cut_")}
+    for wanted, known in zip(functions, carried, strict=True):
         builder.begin()
-        placeholders = {
-            spec.name: builder.mb.placeholder(_shape(spec, wanted), dtype=_kind(builder, spec)) for spec in inputs
-        }
+        placeholders, static = {}, {}
+        for name in taken:
+            if name in specs:
+                kind, shape = _kind(builder, specs[name]), _shape(specs[name], wanted)
+                placeholders[name] = builder.mb.placeholder(shape, dtype=kind)
+            elif isinstance(known[name], np.ndarray):
+                static[name] = known[name]
+            else:
+                shape, kind_name = known[name]
+                kind = builder.types.fp32 if kind_name == "fp32" else builder.types.int32
+                placeholders[name] = builder.mb.placeholder(shape, dtype=kind)
         function = Function(placeholders, opset_version=target)
         with function:
-            found = lower(model, builder.table, dict(function.inputs), backend="Core ML")
+            given = dict(function.inputs)
+            for name in given:
+                if name in known and known[name][1] == "bool":
+                    given[name] = builder.cast(given[name], "bool")
+            found = lower(model, builder.table, {**given, **static}, backend="Core ML")
             outputs = []
             for name, value in found.items():
                 if is_static(value):
-                    raise ConversionError(f"Core ML: the output {name} does not depend on any input")
-                result = builder.cast(builder.var(value), "fp32") if builder.is_float(value) else builder.var(value)
+                    if name in final:
+                        raise ConversionError(f"Core ML: the output {name} does not depend on any input")
+                    known[name] = dense(value)
+                    continue
+                result = builder.var(value)
+                kind_name = "fp32" if builder.is_float(value) else builder.types.builtin_to_string(result.dtype)
+                result = builder.cast(result, "int32" if kind_name == "bool" else kind_name)
+                known[name] = shape_of(result), kind_name
                 outputs.append(builder.mb.identity(x=result, name=name))
             function.set_outputs(outputs)
+        _shorten(function, len(program.functions), builder.origins)
         program.add_function("main" if len(functions) == 1 else wanted.name, function)
     if len(functions) > 1:
         program.default_function_name = functions[0].name
         program.export_as_multifunction = True
     return program
+
+
+def _shorten(function: Any, number: int, origins: dict[str, str]) -> None:
+    """Numbers for the names of arguments, which repeat those of their operations, and in all functions but the first
+    for all names: the first one's say what the operations are, in the same order. `origins` learns the new names.
+
+    Equal arguments become one: every operation comes with some ten of them.
+    """
+    known: dict[Any, Any] = {}
+    kept = set(function.outputs)
+    for index, operation in enumerate(list(function.operations)):
+        value = operation.outputs[0]
+        if operation.op_type != "const":
+            if number and not kept.intersection(operation.outputs):
+                short = f"f{number}_{index}"
+                if operation.name in origins:
+                    origins[short] = origins[operation.name]
+                operation.name = short
+                for place, output in enumerate(operation.outputs):
+                    output.name = f"{short}_{place}" if place else short
+            continue
+        if not hasattr(operation, "weight_id") or operation.weight_id is None:
+            array = np.asarray(value.val)
+            key = (value.dtype, array.shape, array.dtype.str, array.tobytes() if array.size < _SHARED else index)
+            if key in known and array.dtype.kind != "U":
+                function.replace_uses_of_var_after_op(anchor_op=known[key].op, old_var=value, new_var=known[key])
+                function.remove_ops([operation])
+                continue
+            known[key] = value
+        operation.name = value.name = f"c{index}"
 
 
 def _convert(library: Any, program: Any, target: str) -> Any:

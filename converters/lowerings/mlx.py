@@ -20,6 +20,10 @@ from edgedit.converters.lowerings.mlx_quantization import MlxQuantization
 from edgedit.converters.lowerings.mlx_table import table
 from edgedit.converters.lowerings.mlx_values import Array, Packed, Stored, Values
 from edgedit.converters.lowerings.mlx_weights import FORM, Form, take_weights
+from edgedit.converters.passes.quantize import QuantizeWeights
+from edgedit.converters.quantization.backends import in_whole_codes
+from edgedit.converters.quantization.layers import find_layers
+from edgedit.converters.quantization.record import Quantization
 from edgedit.converters.safetensors_writer import write_safetensors
 from edgedit.errors import BundleError
 from edgedit.manifest import Exported
@@ -51,6 +55,7 @@ def write(
     *,
     dtype: str,
     quantization: MlxQuantization | None = None,
+    recipe: Quantization | None = None,
     folder: str = "mlx",
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> MlxArtefact:
@@ -58,15 +63,21 @@ def write(
 
     Args:
         model: a bound canonical graph. Its weights become inputs: it cannot be used for anything else afterwards.
-        dtype: "fp32", or "fp16" for weights stored as float16; a transformer then computes its products in it too.
+        dtype: "fp32", or "fp16" for weights stored as float16; a transformer then computes its products in it too; or
+            the name of `recipe`, with which everything that it does not quantize is as with "fp16".
         quantization: of the matrices that tokens are multiplied with, and of embeddings; None leaves them in `dtype`.
+        recipe: forms and codes of the layers.
         on_tensor: told (weights written, weights in all).
 
     Raises:
         ConversionError: a weight does not fit into float16.
     """
-    half = dtype == "fp16"
-    weights = take_weights(model, half=half, quantization=quantization)
+    half = dtype != "fp32"
+    keep: frozenset[str] = frozenset()
+    if recipe is not None:
+        keep = frozenset(str(x.value.name) for n, x in find_layers(model).items() if n in recipe.float32_layers)
+        QuantizeWeights(*in_whole_codes(recipe.forms, recipe.encode))(model)
+    weights = take_weights(model, half=half, quantization=quantization, keep=keep)
     model.metadata_props[_ARITHMETIC] = "float16" if half and component in _HALF_ARITHMETIC else "float32"
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
@@ -81,7 +92,7 @@ def write(
     write_safetensors(data, [part for weight in weights for part in weight.places], arrays(), {"format": "mlx"})
     ir.save(model, graph)
     return MlxArtefact(
-        precision=dtype if quantization is None else quantization.name,
+        precision=dtype if recipe is not None or quantization is None else quantization.name,
         graph=graph.relative_to(root).as_posix(),
         files=tuple(path.relative_to(root).as_posix() for path in (graph, data)),
     )

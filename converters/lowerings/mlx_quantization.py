@@ -66,11 +66,19 @@ class MlxQuantization:
 
 
 def carry_over(weight: Quantized) -> MlxQuantization | None:
-    """The affine form that holds the codes of `weight` [in, out] as they are; None when there is none."""
+    """The affine form that holds the codes of `weight` [in, out] as they are, in the fewest bits; None when there is
+    none."""
     if len(weight.shape) != 2 or weight.axis != 0 or weight.bits not in (2, 4, 8) or weight.shape[0] % weight.block:
         return None
     group = next((size for size in GROUP_SIZES if weight.block % size == 0), None)
-    return None if group is None else MlxQuantization("affine", weight.bits, group)
+    return None if group is None else MlxQuantization("affine", _least_bits(weight), group)
+
+
+def _least_bits(weight: Quantized) -> int:
+    """Three-bit codes come in four bits: ONNX has no type for them."""
+    if weight.bits != 4 or not weight.signed or weight.shape[0] % 32:
+        return weight.bits
+    return 3 if weight.codes.min(initial=0) >= -4 and weight.codes.max(initial=0) <= 3 else 4
 
 
 def pack(weight: Quantized, form: MlxQuantization, dtype: str) -> list[np.ndarray]:
@@ -78,11 +86,11 @@ def pack(weight: Quantized, form: MlxQuantization, dtype: str) -> list[np.ndarra
 
     (code - zero) · scale = scale · unsigned code + bias. Nothing is rounded but the scale and the bias to `dtype`.
     """
-    offset = 1 << (weight.bits - 1) if weight.signed else 0
-    codes = (weight.codes.T.astype(np.int32) + offset).astype(np.uint32)
-    per_word = 32 // weight.bits
-    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(weight.bits)
-    words = (codes.reshape(len(codes), -1, per_word) << shifts).sum(-1, dtype=np.uint32)
+    offset = 1 << (form.bits - 1) if weight.signed else 0
+    codes = (weight.codes.T.astype(np.int16) + offset).astype(np.uint8)
+    # A row is one stream of bits, from the lowest up.
+    bits = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., : form.bits]
+    words = np.packbits(bits.reshape(len(codes), -1), axis=-1, bitorder="little").view("<u4")
     blocks = (weight.shape[0] // weight.block, weight.shape[1])
     zero = 0 if weight.zero_point is None else np.broadcast_to(weight.zero_point, blocks).astype(np.float32)
     scale = np.broadcast_to(weight.scale, blocks).astype(np.float32)

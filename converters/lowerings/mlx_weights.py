@@ -74,7 +74,9 @@ class StoredWeight:
     load: Callable[[], list[np.ndarray]]
 
 
-def take_weights(model: ir.Model, *, half: bool, quantization: MlxQuantization | None) -> list[StoredWeight]:
+def take_weights(
+    model: ir.Model, *, half: bool, quantization: MlxQuantization | None, keep: frozenset[str] = frozenset()
+) -> list[StoredWeight]:
     """Turn every weight of `model` into an input of its graph, in place, and return what goes into the file.
 
     Weights with their own codes (DequantizeLinear) keep them where MLX has a form for them.
@@ -82,13 +84,16 @@ def take_weights(model: ir.Model, *, half: bool, quantization: MlxQuantization |
     Args:
         half: store float32 weights of 1024 elements or more as float16.
         quantization: for the matrices that tokens are multiplied with and for embeddings, where it fits.
+        keep: weights that stay float32.
 
     Raises:
         ConversionError: a weight has no value.
     """
     graph = model.graph
     taken: set[str] = {str(value.name) for value in graph.inputs}
-    found_all = [_Weight(value, model, half, quantization, taken) for value in _boundary(model)]
+    found_all = [
+        _Weight(value, model, half and value.name not in keep, quantization, taken) for value in _boundary(model)
+    ]
     weights = [found.stored() for found in found_all]
     for found in found_all:
         # What was an initializer, or came out of one, is now asked for by name.

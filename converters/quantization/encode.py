@@ -26,7 +26,8 @@ class Encoded:
     """A weight as it is stored.
 
     Attributes:
-        parts: arrays; "" are the codes, or their low bits; "scale", "multiplier", "sign" and "entries" as the form has.
+        parts: arrays; "" are the codes, or their low bits; "scale", "multiplier", "sign" and "entries" as the form has;
+            "mask" where a sparse palette is stored. Of a sparse float "" is the weight itself.
         value: makes the float32 weight that the parts stand for.
     """
 
@@ -42,6 +43,12 @@ def encode(weight: Float, form: Form, kind: str, moments: Float | None = None) -
         kind: the layer's.
         moments: X^T X of the layer's inputs, which rounding other than the nearest needs.
     """
+    kept = None
+    if form.sparsity is not None:
+        kept = _largest(weight, form.sparsity, form.width if form.format == "palette" else 1)
+        weight = weight * np.repeat(kept, weight.shape[-1] // kept.shape[-1], axis=-1)
+    if not form.is_coded:
+        return Encoded({"": weight}, lambda: weight)
     if kind == "convolution":
         return _per_slice(weight, 0)
     if kind == "table":
@@ -50,7 +57,7 @@ def encode(weight: Float, form: Form, kind: str, moments: Float | None = None) -
     if form.rounding != "nearest" and moments is None:
         raise ValueError(f"{form.rounding} rounding needs the moments of the layer's inputs")
     if form.format == "palette":
-        return _palette(weight, form, moments)
+        return _palette(weight, form, moments, kept)
     if form.block is None:
         return _per_channel(weight, form, moments)
     return _blocks(weight, form, moments)
@@ -151,10 +158,20 @@ def _finished(parts: Parts, codes: npt.NDArray[np.int8], scales: Float, form: Fo
     return Encoded({"": codes, **parts}, value)
 
 
-def _palette(weight: Float, form: Form, moments: Float | None) -> Encoded:
+def _largest(weight: Float, sparsity: float, width: int) -> npt.NDArray[np.bool_]:
+    """Which weights of a tensor stay when a share of them goes, the smallest first; vectors of `width` along the last
+    axis go or stay as a whole."""
+    sizes = np.square(weight).reshape(*weight.shape[:-1], -1, width).sum(-1)
+    gone = round(sparsity * sizes.size)
+    kept = np.ones(sizes.size, np.bool_)
+    kept[np.argpartition(sizes.reshape(-1), max(0, gone - 1))[:gone]] = False
+    return kept.reshape(sizes.shape)
+
+
+def _palette(weight: Float, form: Form, moments: Float | None, kept: npt.NDArray[np.bool_] | None) -> Encoded:
     """Codes into a palette; with moments its fit minds them, and rounding is adaptive where the form says so."""
     diagonal = None if moments is None else np.ascontiguousarray(np.diag(moments))
-    palette = palettes.fit(weight, 8 // form.bits, diagonal)
+    palette = palettes.fit(weight, form.width, diagonal, entries=2**form.index_bits, kept=kept)
     if form.rounding != "nearest" and moments is not None:
         codes = adaptive(weight, moments, palette.round_row).astype(np.uint8)
         if form.rounding == "descent":
@@ -162,4 +179,8 @@ def _palette(weight: Float, form: Form, moments: Float | None) -> Encoded:
             codes = descend(weight, moments, codes, values, palette.round_row).astype(np.uint8)
     else:
         codes = palette.round(weight)
-    return Encoded({"": codes, "entries": palette.entries, "scale": palette.scales}, lambda: palette.values(codes))
+    parts: Parts = {"": codes, "entries": palette.entries, "scale": palette.scales}
+    if kept is None:
+        return Encoded(parts, lambda: palette.values(codes))
+    there = np.repeat(kept, form.width, axis=1)
+    return Encoded({**parts, "mask": kept.astype(np.uint8)}, lambda: palette.values(codes) * there)

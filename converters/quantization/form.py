@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "BITS", "BLOCKS", "FORMATS", "ROUNDINGS", "Form"]
+__all__ = ["ACTIVATIONS", "BITS", "BLOCKS", "FORMATS", "INDEX_BITS", "INT_BITS", "ROUNDINGS", "VECTORS", "Form"]
 
-BITS = (32, 16, 8, 4, 3, 2)
+BITS = (32, 16, 8, 6, 4, 3, 2, 1)
+INT_BITS = (8, 4, 3, 2)
 BLOCKS = (128, 64, 32, 16)
 FORMATS = ("int", "palette", "fp4", "log")
 ROUNDINGS = ("nearest", "adaptive", "descent")
 ACTIVATIONS = ("none", "int8", "int8-token")
+#: Weights to an entry of a palette, and bits of an entry's number.
+VECTORS = (1, 2, 4, 8)
+INDEX_BITS = (1, 2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,11 @@ class Form:
     """How the weight of a layer is stored, and what is done so that less is lost.
 
     Attributes:
-        bits: 32 or 16 for a float, 8, 4, 3 or 2 for codes.
+        bits: 32 or 16 for a float, 8, 4, 3 or 2 for codes, also 6 or 1 for palettes.
         block: weights to a scale along the input axis; None: one scale an output channel.
         int8_activations: the layer computes in int8; its input is rounded as it comes, with one range for the tensor.
-        format: "int" for evenly spaced codes; "palette" for 256 learned entries of 2 (4 bits) or 4 (2 bits) weights;
-            "fp4" and "log" for four-bit codes of unevenly spaced numbers (see `levels`).
+        format: "int" for evenly spaced codes; "palette" for learned entries of `width` weights each; "fp4" and "log"
+            for four-bit codes of unevenly spaced numbers (see `levels`).
         rounding: "nearest"; "adaptive": each rounding error is taken up by the weights not yet rounded, so that the
             layer's output on calibration inputs changes least (Frantar et al., "GPTQ", 2022, algorithm 1); "descent":
             then input by input to what is best beside the others (Behdin et al., "QuantEase", 2023).
@@ -32,6 +36,8 @@ class Form:
         rotate: mix input channels in groups by a Hadamard matrix, which spreads outliers (Ashkboos et al., "QuaRot",
             2024).
         per_token: with int8 activations, each token has a range of its own.
+        vector: weights to an entry of a palette; None: as many as fill a byte.
+        sparsity: share of the weights that become zero and are not stored, 0 to 1; None for none.
     """
 
     bits: int
@@ -42,6 +48,18 @@ class Form:
     balance: float | None = None
     rotate: bool = False
     per_token: bool = False
+    vector: int | None = None
+    sparsity: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Weights to an entry of a palette."""
+        return self.vector or 8 // self.bits
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of the number of a palette's entry."""
+        return self.bits * self.width
 
     @property
     def is_coded(self) -> bool:
@@ -68,16 +86,19 @@ class Form:
 
     def describe(self) -> str:
         """In words: "4 bits, blocks of 64, adaptive"."""
+        zeros = [f"{self.sparsity:.0%} zeros"] if self.sparsity is not None else []
         if not self.is_coded:
-            return f"float{self.bits}"
+            return ", ".join([f"float{self.bits}", *zeros])
         words = [f"{self.bits} bits per channel" if self.block is None else f"{self.bits} bits, blocks of {self.block}"]
         if self.format in ("fp4", "log"):
             name = "e2m1 floats" if self.format == "fp4" else "twin logarithms"
             words = [f"{name} of {self.bits} bits, blocks of {self.block}"]
         if self.format == "palette":
-            words = [f"{self.bits} bits, palette of 256 entries of {8 // self.bits} weights"]
+            each = f"{self.width} weights" if self.width > 1 else "a weight"
+            words = [f"{self.bits} bits, palette of {2**self.index_bits} entries of {each}"]
         words += ["int8 arithmetic" + " by tokens" * self.per_token] if self.int8_activations else []
         words += [self.rounding] if self.rounding != "nearest" else []
         words += [f"balanced {self.balance:g}"] if self.balance is not None else []
         words += ["rotated"] if self.rotate else []
+        words += zeros
         return ", ".join(words)

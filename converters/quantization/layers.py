@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from edgedit.converters.passes.int8_pointwise import is_pointwise
-from edgedit.converters.quantization.form import BLOCKS, Form
+from edgedit.converters.quantization.form import BLOCKS, INT_BITS, Form
 from edgedit.converters.quantization.levels import LEVELS
 
 __all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
@@ -84,16 +84,23 @@ def block_of(rows: int, wanted: int) -> int | None:
 def fitted(form: Form, layer: Layer) -> Form:
     """What a form becomes on a layer.
 
-    Convolutions and tables have 8 bits at least and no methods, and int8 arithmetic only where they are 1×1; a matrix
-    whose inputs divide into no block, or whose outputs do not fill a byte, takes the next wider form that it can have.
+    Convolutions and tables have 8 bits at least and no methods, tables no zeros, and int8 arithmetic only where they
+    are 1×1; a matrix whose inputs divide into no block, or whose outputs do not fill a byte, takes the next wider form
+    that it can have.
     """
+    sparsity = None if layer.kind == "table" else form.sparsity
     if not form.is_coded:
-        return Form(form.bits)
+        return Form(form.bits, sparsity=sparsity)
     if layer.kind != "matrix":
         int8 = form.int8_activations and layer.has_int8
-        return Form(8, int8_activations=int8, per_token=form.per_token and int8)
-    if form.format == "palette" and layer.shape[1] % (8 // form.bits):
-        return fitted(replace(form, block=64, format="int"), layer)
+        return Form(8, int8_activations=int8, per_token=form.per_token and int8, sparsity=sparsity)
+    if form.format == "palette" and layer.shape[1] % form.width:
+        bits = next(bits for bits in sorted(INT_BITS) if bits >= form.bits) if form.sparsity is None else 8
+        block = 64 if bits < 8 else None
+        return fitted(
+            replace(form, bits=bits, block=block, format="int", vector=None),
+            layer,
+        )
     changes = dict(form.__dict__)
     if form.format != "palette" and form.bits < 8:
         block = None if form.block is None else block_of(layer.shape[0], form.block)

@@ -1,4 +1,4 @@
-"""Vector palettes: 256 entries of two or four neighbouring weights, one byte each.
+"""Vector palettes: entries of one, two, four or eight neighbouring weights, by default 256 of them, one byte each.
 
 Van Baalen et al., "GPTVQ: The Blessing of Dimensionality for LLM Quantization" (2024), sections 3.1 and 3.2, with
 vectors along the outputs, so that a row of the matrix is rounded as a whole. Entries are int8 and every output channel
@@ -24,7 +24,7 @@ _CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class Palette:
-    """Entries int8 [256, d] and one float32 scale an output channel [N]."""
+    """Entries int8 [E, d] and one float32 scale an output channel [N]."""
 
     entries: npt.NDArray[np.int8]
     scales: Float
@@ -45,28 +45,39 @@ class Palette:
         return (self.entries[codes].reshape(len(codes), -1) * self.scales).astype(np.float32)
 
 
-def fit(weight: Float, width: int, importance: Float | None = None) -> Palette:
+def fit(
+    weight: Float,
+    width: int,
+    importance: Float | None = None,
+    *,
+    entries: int = ENTRIES,
+    kept: npt.NDArray[np.bool_] | None = None,
+) -> Palette:
     """A palette for a matrix by k-means on its weights, each output channel divided by its spread.
 
     Args:
         weight: float32 [K, N]; N is a multiple of `width`.
         importance: weight of each input's errors [K], its second moment; None for all alike.
+        entries: how many.
+        kept: vectors [K, N / width] that the palette is for; None for all.
     """
     spread = np.sqrt((weight.astype(np.float64) ** 2).mean(0)).astype(np.float32)
     spread[spread == 0] = 1
     vectors = (weight / spread).reshape(-1, width)
     shares = np.repeat(np.ones(len(weight), np.float32) if importance is None else importance, weight.shape[1] // width)
+    if kept is not None and kept.any():
+        vectors, shares = vectors[kept.reshape(-1)], shares[kept.reshape(-1)]
     rng = np.random.default_rng(0)
     if len(vectors) > _SAMPLE:
         chosen = rng.choice(len(vectors), _SAMPLE, replace=False)
         vectors, shares = vectors[chosen], shares[chosen]
     shares = shares / max(float(shares.mean()), 1e-30) + 1e-3
-    centres = vectors[rng.choice(len(vectors), ENTRIES, replace=len(vectors) < ENTRIES, p=shares / shares.sum())]
+    centres = vectors[rng.choice(len(vectors), entries, replace=len(vectors) < entries, p=shares / shares.sum())]
     ones = np.ones((1, width), np.float32)
     for _ in range(_ROUNDS):
         codes = _nearest(vectors, ones, centres)
-        total = np.bincount(codes, shares, ENTRIES)
-        sums = np.stack([np.bincount(codes, shares * vectors[:, j], ENTRIES) for j in range(width)], 1)
+        total = np.bincount(codes, shares, entries)
+        sums = np.stack([np.bincount(codes, shares * vectors[:, j], entries) for j in range(width)], 1)
         empty = total == 0
         centres = np.where(empty[:, None], centres, sums / np.where(empty, 1, total)[:, None]).astype(np.float32)
         if empty.any():

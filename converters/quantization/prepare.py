@@ -33,19 +33,27 @@ Call = Mapping[str, npt.NDArray[Any]]
 
 
 def is_slow(recipe: Recipe) -> bool:
-    """Whether rounding takes so long that its results are kept on disk until the bundle is written."""
+    """Whether rounding takes so long that its results are kept on disk until the bundle is written. So are the results
+    of calibration, whatever it is for."""
     forms = [rule.form for rules in recipe.rules.values() for rule in rules]
     return recipe.budget is not None or any(f.needs_calibration or f.format == "palette" for f in forms)
 
 
 def prepare(
-    recipe: Recipe, component: str, model: ir.Model, work: Workspace | None, calibration: Calibration | None
+    recipe: Recipe,
+    component: str,
+    model: ir.Model,
+    work: Workspace | None,
+    calibration: Calibration | None,
+    *,
+    ranges: bool = False,
 ) -> tuple[Quantization, Mapping[str, Layer]]:
     """Resolve the recipe for a component and put its methods into effect in `model`.
 
     Args:
         work: for what `is_slow`; None otherwise.
         calibration: where the recipe needs it.
+        ranges: whether the ranges of inputs that are rounded to int8 are wanted.
 
     Returns the quantization and the layers that it is about.
     """
@@ -54,10 +62,11 @@ def prepare(
     facts: dict[str, Any] = {}
     statistics: Mapping[str, InputStatistics] = {}
     mixed = recipe.budget is not None and component == "transformer"
-    if calibration is not None and (mixed or any(form.needs_calibration for form in forms.values())):
+    seen = {n for n, f in forms.items() if f.needs_calibration or (ranges and f.int8_activations)}
+    if calibration is not None and (mixed or seen):
         matrices = {name: layer for name, layer in layers.items() if input_of(layer) is not None}
         moments = frozenset(matrices) if mixed else needs_moments(forms)
-        watched = {n: layer for n, layer in matrices.items() if mixed or forms[n].needs_calibration}
+        watched = {n: layer for n, layer in matrices.items() if mixed or n in seen}
         rounding, held = _divided(calibration.calls(component), len(calibration.prompts) if mixed else 1)
         statistics = calibration.observe(component, model, watched, moments, calls=rounding)
         facts["calibration"] = calibration.facts()
@@ -76,7 +85,12 @@ def prepare(
     if prepared.inserted:
         facts["inserted"] = prepared.inserted
     encode = plain_encode if work is None else make_encoder(component, prepared.statistics, work)
-    return Quantization(recipe, prepared.forms, encode, facts), layers
+    peaks = {
+        name: float(prepared.statistics[name].peaks.max())
+        for name, form in prepared.forms.items()
+        if form.int8_activations and name in prepared.statistics
+    }
+    return Quantization(recipe, prepared.forms, encode, facts, peaks), layers
 
 
 def _divided(calls: Sequence[Call], prompts: int) -> tuple[slice, slice]:

@@ -48,11 +48,12 @@ _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 SPELLINGS = f"fp32, fp16, {', '.join(PRESETS)}, mixed:SIZE (mixed:30M), mixed:DB (mixed:35dB), or a recipe's .toml file"
 
 
-def recipe_of(dtype: str, *, calibrated: bool) -> Recipe | None:
+def recipe_of(dtype: str, *, calibrated: bool, ranges: bool = False) -> Recipe | None:
     """The recipe that `dtype` names, None for fp32 and fp16.
 
     Args:
         calibrated: whether inputs of layers will be known.
+        ranges: whether a backend rounds inputs to ranges that calibration finds.
 
     Raises ConversionError for an unknown name, a file that is no recipe, or one that needs calibration when there is
     none.
@@ -80,7 +81,7 @@ def recipe_of(dtype: str, *, calibrated: bool) -> Recipe | None:
                 f"{dtype}: [{recipe.calibrated[0]}] asks for adaptive rounding or balancing, which need calibration; "
                 "add --calibration self, or --calibration with a file of prompts"
             )
-        if calibrated and not recipe.calibrated:
+        if calibrated and not recipe.calibrated and not (ranges and recipe.computes_in_int8):
             raise ConversionError(f"{dtype}: no line asks for adaptive rounding or balancing; leave --calibration out")
         return recipe
     raise ConversionError(f"unknown dtype {dtype!r}; choose from: {SPELLINGS}")

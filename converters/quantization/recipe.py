@@ -10,7 +10,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from edgedit.converters.quantization.form import ACTIVATIONS, BITS, BLOCKS, FORMATS, ROUNDINGS, Form
+from edgedit.converters.quantization.form import (
+    ACTIVATIONS,
+    BITS,
+    BLOCKS,
+    FORMATS,
+    INDEX_BITS,
+    INT_BITS,
+    ROUNDINGS,
+    VECTORS,
+    Form,
+)
 from edgedit.converters.quantization.layers import Layer, fitted
 from edgedit.converters.quantization.levels import LEVELS
 from edgedit.errors import ConversionError
@@ -21,7 +31,7 @@ COMPONENTS = ("transformer", "text_encoder", "decoder", "encoder", "tiny_decoder
 #: Those whose inputs calibration does not see.
 UNSEEN = ("encoder", "tiny_decoder")
 _LARGEST_FILE = 1 << 20
-_KEYS = ("bits", "block", "format", "activations", "rounding", "balance", "rotate")
+_KEYS = ("bits", "block", "format", "vector", "activations", "rounding", "balance", "rotate", "sparsity")
 _WILD = frozenset("*?[")
 
 
@@ -54,6 +64,11 @@ class Recipe:
     def calibrated(self) -> tuple[str, ...]:
         """Components for which a rule needs to know the inputs of layers."""
         return tuple(c for c, rules in self.rules.items() if any(rule.form.needs_calibration for rule in rules))
+
+    @property
+    def computes_in_int8(self) -> bool:
+        """Whether any rule asks for int8 arithmetic."""
+        return any(rule.form.int8_activations for rules in self.rules.values() for rule in rules)
 
     def resolve(self, component: str, layers: Mapping[str, Layer]) -> dict[str, Form]:
         """The form of every layer of a component, as it fits the layer.
@@ -146,7 +161,7 @@ def _form(line: Any, place: str) -> Form:
         raise ConversionError(f"{place}: bits is missing; choose from {', '.join(map(str, BITS))}")
     bits, format = choice("bits", BITS, None), choice("format", FORMATS, "int")
     block = choice("block", BLOCKS, 64 if bits < 8 and format != "palette" else None)
-    balance, rotate = line.get("balance"), line.get("rotate", False)
+    balance, rotate, sparsity = line.get("balance"), line.get("rotate", False), line.get("sparsity")
     activations = choice("activations", ACTIVATIONS, "none")
     form = Form(
         bits=bits,
@@ -155,17 +170,19 @@ def _form(line: Any, place: str) -> Form:
         per_token=activations == "int8-token",
         format=format,
         rounding=choice("rounding", ROUNDINGS, "nearest"),
-        balance=None if balance is None else _share(balance, place),
+        balance=None if balance is None else _share(balance, f"{place}: balance"),
         rotate=rotate,
+        vector=choice("vector", VECTORS, None),
+        sparsity=None if sparsity is None else _share(sparsity, f"{place}: sparsity"),
     )
     if not isinstance(rotate, bool):
         raise ConversionError(f"{place}: rotate must be true or false, not {rotate!r}")
-    if not form.is_coded and replace(form, block=None) != Form(bits):
+    if not form.is_coded and replace(form, block=None, sparsity=None) != Form(bits):
         raise ConversionError(f"{place}: {bits} bits are a float, which has no codes; leave the other keys out")
     if block is not None and (bits >= 8 or format == "palette"):
         raise ConversionError(f"{place}: block goes with 4, 3 or 2 bits of format int; leave it out")
-    if format == "palette" and bits not in (4, 2):
-        raise ConversionError(f"{place}: a palette has 4 bits (pairs of weights) or 2 (fours), not {bits}")
+    if format == "int" and form.is_coded and bits not in INT_BITS:
+        raise ConversionError(f"{place}: {bits} bits are a palette's; choose from {', '.join(map(str, INT_BITS))}")
     if format in LEVELS and bits != 4:
         raise ConversionError(f"{place}: format {format} has 4 bits, not {bits}")
     if format == "log" and form.int8_activations:
@@ -173,10 +190,41 @@ def _form(line: Any, place: str) -> Form:
             f"{place}: the numbers of format log fill int8 and leave no room for the scales of blocks; "
             "choose format fp4 or int, or leave activations out"
         )
+    _check_palette(form, place)
+    _check_sparsity(form, place)
     return form
+
+
+def _check_palette(form: Form, place: str) -> None:
+    if form.format != "palette":
+        if form.vector is not None:
+            raise ConversionError(f'{place}: vector goes with format = "palette"; leave it out')
+        return
+    if form.index_bits not in INDEX_BITS:
+        fits = [width for width in VECTORS if form.bits * width in INDEX_BITS]
+        raise ConversionError(
+            f"{place}: a palette of {form.bits} bits has entries of {' or '.join(map(str, fits))} weights, "
+            f"not {form.width}; set vector"
+        )
+
+
+def _check_sparsity(form: Form, place: str) -> None:
+    if form.sparsity is None:
+        return
+    if not 0 < form.sparsity < 1:
+        raise ConversionError(f"{place}: sparsity must be above 0 and below 1, not {form.sparsity:g}")
+    if form.rounding != "nearest":
+        raise ConversionError(
+            f"{place}: {form.rounding} rounding would fill the zeros of sparsity; leave one of them out"
+        )
+    if form.bits == 32 or (form.format != "palette" and form.bits < 8):
+        raise ConversionError(
+            f'{place}: sparsity goes with 16 or 8 bits or format = "palette", since a bit a weight says which are '
+            "stored; choose one of them"
+        )
 
 
 def _share(value: Any, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConversionError(f"{place}: balance must be a number from 0 to 1, not {value!r}")
+        raise ConversionError(f"{place} must be a number from 0 to 1, not {value!r}")
     return float(value)

@@ -30,12 +30,14 @@ class Quantization:
         forms: by layer name, fitted to the layers.
         encode: what rounds the weights.
         facts: what else the record says: calibration, sensitivity.
+        input_peaks: largest absolute value of the inputs of layers that compute in int8, where calibration saw them.
     """
 
     recipe: Recipe
     forms: Mapping[str, Form]
     encode: Encode = plain_encode
     facts: Mapping[str, Any] = field(default_factory=dict)
+    input_peaks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def int8_layers(self) -> frozenset[str]:
@@ -56,14 +58,20 @@ class Quantization:
 def stored_bytes(form: Form, layer: Layer) -> int:
     """Bytes that a layer's weight takes on disk in a form that is fitted to it; scales of 1,024 or more are float16."""
     size = int(np.prod(layer.shape, dtype=np.int64))
+    mask = 0
+    if form.sparsity is not None:
+        # A bit for each weight, or for each entry of a palette, says which are stored.
+        mask = -(-size // (8 * (form.width if form.format == "palette" else 1)))
+        size -= round(form.sparsity * size)
     if not form.is_coded:
-        return size * form.bits // 8
+        return size * form.bits // 8 + mask
     outputs = layer.shape[1] if layer.kind == "matrix" else layer.shape[0]
     scales = outputs if form.block is None or form.int8_activations else size // form.block
     return (
         size * form.bits // 8
+        + mask
         + scales * (4 if scales < 1024 else 2)
-        + (256 * 8 // form.bits if form.format == "palette" else 0)
+        + (form.width * 2**form.index_bits if form.format == "palette" else 0)
         + (size // form.block if form.block is not None and form.int8_activations else 0)
     )
 

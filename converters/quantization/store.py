@@ -43,7 +43,7 @@ def store(model: ir.Model, layer: Layer, form: Form, parts: Parts) -> None:
         return
     shape, axis = layer.shape, 0 if layer.kind == "convolution" else 1
     if form.format == "palette":
-        width = 8 // form.bits
+        width = form.width
         codes = writer.part("", ir.DataType.UINT8, (shape[0], shape[1] // width))
         entries = writer.part("entries", ir.DataType.INT8, (256, width))
         writer.dequantize(writer.looked_up(entries, codes, "codes", shape), writer.scale((shape[1],)), axis, None)

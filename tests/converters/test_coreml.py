@@ -49,6 +49,8 @@ def test_the_manifest_lists_every_size_and_says_how_the_package_agrees(bundle_pa
         "target": "iOS18",
         "attention": "fused",
         "weights": None,
+        "compute_units": "all",
+        "chunk_bytes": 4 << 30,
         "sizes": [[16, 16], [24, 8]],
     }
 
@@ -111,6 +113,26 @@ def test_half_precision_without_onnx_has_a_preview_and_agrees(saved_pipeline: Sa
     assert not (tmp_path / "x.edgedit" / "onnx").exists()
     with edgedit.load(tmp_path / "x.edgedit", "coreml", interpreter=True, emulate_fp16=True) as pipe:
         assert pipe.generate("a cat", seed=1, steps=2).images[0].size == (16, 16)
+
+
+def test_a_component_over_the_limit_becomes_chunks_that_run_as_one(saved_pipeline: Saved, tmp_path: Path) -> None:
+    source, path = saved_pipeline("sana")[1], tmp_path / "x.edgedit"
+    chosen = CoremlOptions(chunk_bytes=60_000)
+    report = edgedit.convert(
+        source, path, to=("onnx", "coreml"), sizes=SIZES, coreml=chosen, components=("transformer", "decoder")
+    )
+    parities = [a.parity["relative_l2"] for c in report.components for a in c.artefacts if a.parity is not None]
+    assert len(parities) == 4
+    assert max(parities) < 1e-5
+    bundle = open_bundle(path, verify=True)
+    artefact = bundle.artefact("transformer", "coreml")
+    assert len(artefact.chunks) >= 2
+    assert artefact.graph == artefact.chunks[0]
+    for chunk in artefact.chunks:
+        assert (path / chunk / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size < 2 * 60_000
+    assert edgedit.verify(path, backend="coreml", interpreter=True).passed
+    with pytest.raises(ConversionError, match="store it in fewer bits"):
+        edgedit.convert(source, tmp_path / "y", to=("coreml",), sizes=SIZES, coreml=CoremlOptions(chunk_bytes=500))
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_wrong_inputs_are_named(bundle_path: Path) -> None:
         ({"to": ("onnx",), "sizes": [(64, 64)]}, "need the target coreml or mlx"),
         ({"to": ("mlx",), "mlx_weights": "q1"}, "unknown MLX weights 'q1'"),
         ({"to": ("mlx",), "sizes": [(22, 64)]}, "size 22x64: both sides must be multiples of 4"),
-        ({"to": ("onnx", "mlx"), "dtype": "w4"}, "dtype w4 is for ONNX; for MLX choose fp16"),
+        ({"to": ("mlx",), "dtype": "w4", "mlx_weights": "q4"}, "dtype w4 says how weights are stored; leave"),
         ({"to": ()}, "no target given"),
     ],
     ids=["weights", "sizes", "form", "multiple", "dtype", "nothing"],

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgedit.converters.lowerings.driver import NodeInfo, Quantized, Static, Weight, dense, is_static
+from edgedit.converters.lowerings.mil.codes import Coded, decompress
 from edgedit.converters.lowerings.mil.compression import SMALLEST, Palette, Scaled, WeightForm
 from edgedit.runtimes.coreml_engine import coremltools
 
@@ -20,6 +21,8 @@ FLOAT16_MAX = 65504.0
 #: What stands for a masking constant that float16 cannot hold. The score of a real token is lost beside it, and two of
 #: them still add up to a finite number.
 MASK = 30000.0
+
+KEPT = "the recipe keeps its weight in 32 bits"
 
 #: Constants below this many values are written in the type that is computed in, larger ones in the stored type.
 _SMALL = 1024
@@ -45,9 +48,10 @@ class Pending:
     """A value that is written when it is used, since its user may have a shorter form for it.
 
     Attributes:
-        kind: "broadcast", "reshape", "channels", "product" or "sigmoid".
+        kind: "broadcast", "reshape", "channels", "product", "sigmoid" or "tokens".
         base: the MIL value that it is made of.
         make: writes it; called at most once.
+        first: writes it with channels first, in the Neural Engine's form.
         detail: the order of "channels", the weight of "product".
     """
 
@@ -55,6 +59,7 @@ class Pending:
     shape: tuple[int, ...]
     base: Any
     make: Callable[[], Var]
+    first: Callable[[], Var] | None = None
     detail: Any = None
     written: Var = None
 
@@ -81,8 +86,12 @@ class MilBuilder:
             loaded).
         fused_attention: use `scaled_dot_product_attention`; otherwise matmul, softmax, matmul.
         form: how large weights of linear layers and convolutions are stored; None leaves them as they are.
+        codes: weights that a recipe has rounded, by name.
+        keep32: weights that a recipe keeps in 32 bits: what is multiplied with them is an island.
+        neural: the Neural Engine's form: at most four axes, tokens as maps of one row, 1×1 convolutions for layers.
         score_bytes: attention written out is cut along the queries when its scores would take more than this.
         norms: filled by the rules: nodes whose inner sums are in float32 while their results are not.
+        origins: MIL name → what it was made from, the name of a node for operations.
     """
 
     half: bool = False
@@ -90,8 +99,12 @@ class MilBuilder:
     store_half: bool = False
     fused_attention: bool = True
     form: WeightForm | None = None
+    codes: Mapping[str, Coded] = field(default_factory=dict)
+    keep32: frozenset[str] = frozenset()
+    neural: bool = False
     score_bytes: int = 256 << 20
     norms: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         library = coremltools()
@@ -101,12 +114,13 @@ class MilBuilder:
         self.library, self.mb, self.types = library, Builder, types
         self._arrays: dict[tuple[str, str], np.ndarray] = {}
         self._too_large: dict[str, bool] = {}
-        self._compressed: dict[tuple[str, str], Scaled | Palette] = {}
+        self._compressed: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         self.begin()
 
     def begin(self) -> None:
         """Forget the values of the function before."""
         self._casts: dict[tuple[Any, str], Var] = {}
+        self.kept: dict[tuple[Any, str], Var] = {}
         self._constants: dict[tuple[str, str], Var] = {}
         self._names: dict[str, int] = {}
 
@@ -125,7 +139,9 @@ class MilBuilder:
         plain = f"n_{plain}" if plain[0].isdigit() else plain
         count = self._names.get(plain, 0)
         self._names[plain] = count + 1
-        return f"{plain}_{count}" if count else plain
+        found = f"{plain}_{count}" if count else plain
+        self.origins[found] = text
+        return found
 
     def real(self, node: NodeInfo, *values: Any) -> str:
         """The float type that `node` computes in: "fp16", or "fp32" in an island.
@@ -133,6 +149,9 @@ class MilBuilder:
         A constant among `values` that float16 cannot hold makes the node an island, unless it is a mask.
         """
         if not self.half or node.name in self.islands:
+            return "fp32"
+        if any(getattr(value, "name", None) in self.keep32 for value in values if is_static(value)):
+            self.islands[node.name] = KEPT
             return "fp32"
         for value in values:
             if value is not None and is_static(value) and self.overflows(value):
@@ -151,7 +170,7 @@ class MilBuilder:
     def is_float(self, value: Any) -> bool:
         """Whether a value holds floating point numbers."""
         if isinstance(value, Pending):
-            return self.is_float(value.base)
+            return value.base is None or self.is_float(value.base)
         if isinstance(value, Quantized):
             return True
         if isinstance(value, Weight):
@@ -229,43 +248,64 @@ class MilBuilder:
     def kernel(
         self, value: Static, real: str, change: Callable[[np.ndarray], np.ndarray] | None = None, form: str = ""
     ) -> Var:
-        """The weight [out, in, …] of a linear layer or a convolution, in the form that is asked for."""
-        if isinstance(value, Quantized):
-            return self.quantized(value, real, change or np.asarray, form)
-        small = int(np.prod(shape_of(value))) < SMALLEST
+        """The weight [out, in, …] of a linear layer or a convolution, in the form that is asked for.
+
+        `change` brings the array into that order and is named by `form`.
+        """
         owner = getattr(value, "name", None)
+        change = change or np.asarray
+        if isinstance(value, Quantized):
+            return self._written(value.name, f"{form}:{real}:codes", lambda: self._quantized(value, real, change))
+        coded = self.codes.get(owner or "")
+        if coded is not None:
+            axes = change(np.broadcast_to(np.float32(0), shape_of(value))).ndim
+            return self._written(
+                str(owner), f"{form}:{real}:recipe", lambda: coded.arrays(self.numpy_type(real), self.types, axes)
+            )
+        small = int(np.prod(shape_of(value))) < SMALLEST
         if self.form is None or owner is None or small:
             return self.constant(value, real, change, form)
-        key = f"{form}{shape_of(value)}:{real}:{self.form.name}"
+        chosen = self.form
+        key = f"{form}{shape_of(value)}:{real}:{chosen.name}"
+        return self._written(
+            owner, key, lambda: self._arrays_of(chosen.compress(change(dense(value).astype(np.float32))), real)
+        )
+
+    @staticmethod
+    def numpy_type(real: str) -> type[np.floating[Any]]:
+        """numpy's name for a float type."""
+        return np.float16 if real == "fp16" else np.float32
+
+    def _written(self, owner: str, key: str, make: Callable[[], dict[str, np.ndarray]]) -> Var:
+        """What decompresses the arrays that `make` gives; all functions of a package share them."""
         if (owner, key) in self._constants:
             return self._constants[owner, key]
         if (owner, key) not in self._compressed:
-            array = dense(value).astype(np.float32)
-            self._compressed[owner, key] = self.form.compress(array if change is None else change(array))
-        return self._remember(owner, key, self._decompressed(self._compressed[owner, key], owner, key, real))
-
-    def _decompressed(self, weight: Scaled | Palette, owner: str, key: str, real: str) -> Var:
-        float_type = np.float16 if real == "fp16" else np.float32
-        parts: dict[str, np.ndarray]
-        if isinstance(weight, Scaled):
-            kind = self.types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
-            parts = {"data": weight.codes.astype(kind), "scale": weight.scale.astype(float_type)}
-            operator = self.mb.constexpr_blockwise_shift_scale
-        else:
-            kind = self.types.string_to_nptype(f"uint{weight.bits}")
-            parts = {"indices": weight.indices.astype(kind), "lut": weight.table.astype(float_type)}
-            operator = self.mb.constexpr_lut_to_dense
+            self._compressed[owner, key] = make()
         stored = {
             part: self._shared(self.mb.const(val=array, name=self.name(f"{owner}_{part}")), owner, f"{key}:{part}")
-            for part, array in parts.items()
+            for part, array in self._compressed[owner, key].items()
         }
-        return operator(**stored, name=self.name(owner))
+        if "offset" in stored:
+            result = self.mb.constexpr_blockwise_shift_scale(**stored, name=self.name(owner))
+        elif "scale" in stored or "mask" in stored:
+            result = decompress(self.mb, stored, lambda: self.name(owner))
+        else:
+            result = self.mb.constexpr_lut_to_dense(**stored, name=self.name(owner))
+        return self._remember(owner, key, result)
 
-    def quantized(self, value: Quantized, real: str, change: Callable[[np.ndarray], np.ndarray], form: str) -> Var:
-        """Codes, scales and zero points as they are, decompressed by Core ML. `change` moves axes."""
-        key = f"{form}:{real}:codes"
-        if (value.name, key) in self._constants:
-            return self._constants[value.name, key]
+    def _arrays_of(self, weight: Scaled | Palette, real: str) -> dict[str, np.ndarray]:
+        float_type = self.numpy_type(real)
+        if isinstance(weight, Scaled):
+            kind = self.types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
+            return {"data": weight.codes.astype(kind), "scale": weight.scale.astype(float_type)}
+        kind = self.types.string_to_nptype(f"uint{weight.bits}")
+        return {"indices": weight.indices.astype(kind), "lut": weight.table.astype(float_type)}
+
+    def _quantized(
+        self, value: Quantized, real: str, change: Callable[[np.ndarray], np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Codes, scales and zero points as they are. `change` moves axes."""
         names = {
             (4, True): self.types.np_int4_dtype,
             (4, False): self.types.np_uint4_dtype,
@@ -277,18 +317,24 @@ class MilBuilder:
         kind = names[value.bits, value.signed]
         parts = {
             "data": np.ascontiguousarray(change(value.codes)).astype(kind),
-            "scale": np.ascontiguousarray(change(value.scale)).astype(np.float16 if real == "fp16" else np.float32),
+            "scale": np.ascontiguousarray(change(value.scale)).astype(self.numpy_type(real)),
         }
         if value.zero_point is not None:
             parts["offset"] = np.ascontiguousarray(change(value.zero_point)).astype(kind)
-        stored = {
-            part: self._shared(
-                self.mb.const(val=array, name=self.name(f"{value.name}_{part}")), value.name, f"{key}:{part}"
-            )
-            for part, array in parts.items()
-        }
-        result = self.mb.constexpr_blockwise_shift_scale(**stored, name=self.name(value.name))
-        return self._remember(value.name, key, result)
+        return parts
+
+    def input_of(self, weight: Static, x: Var) -> Var:
+        """The input of a layer, rounded to int8 and back where the layer computes in int8: Core ML makes one product
+        of integers of that and the codes."""
+        coded = self.codes.get(getattr(weight, "name", None) or "")
+        if coded is None or coded.input_scale is None:
+            return x
+        key = (x, f"int8 {coded.input_scale}")
+        if key not in self._casts:
+            scale = self.numpy_type(self.types.builtin_to_string(x.dtype))(coded.input_scale)
+            codes = self.mb.quantize(input=x, scale=scale, output_dtype="int8", name=self.name(f"{x.name}_int8"))
+            self._casts[key] = self.mb.dequantize(input=codes, scale=scale, name=self.name(f"{x.name}_rounded"))
+        return self._casts[key]
 
 
 def _plain(array: np.ndarray, change: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:

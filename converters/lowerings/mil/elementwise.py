@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from edgedit.converters.lowerings.driver import NodeInfo, dense, is_static
 from edgedit.converters.lowerings.mil.builder import MilBuilder, Pending, rules, shape_of
+from edgedit.converters.lowerings.mil.tokens import channels_first, has_tokens, tokens
 
 __all__: list[str] = []
 
@@ -47,6 +48,8 @@ def binary(b: MilBuilder, node: NodeInfo, *values: Any) -> Any:
         return biased
     if node.op_type == "Mul" and (gated := _silu(b, node, values)) is not None:
         return gated
+    if any(has_tokens(value) for value in values) and len(values) == 2:
+        return _token_binary(b, node, values)
     operands = _operands(b, node, *values)
     operator = _BINARY[node.op_type]
     if operator == "real_div" and not any(b.is_float(value) for value in values):
@@ -56,6 +59,31 @@ def binary(b: MilBuilder, node: NodeInfo, *values: Any) -> Any:
         result = getattr(b.mb, operator)(x=result, y=operand, name=name)
         name = b.name(node.name)
     return b.mb.identity(x=result, name=name) if len(operands) == 1 else result
+
+
+def _token_binary(b: MilBuilder, node: NodeInfo, values: tuple[Any, ...]) -> Any:
+    """Two operands with channels first, broadcast as the graph says."""
+    used = [v.base if isinstance(v, Pending) and v.kind == "broadcast" and v.base is not None else v for v in values]
+    shape = np.broadcast_shapes(*(shape_of(value) for value in values))
+    if np.broadcast_shapes(*(shape_of(value) for value in used)) != shape:
+        used = list(values)
+    real = b.real(node, *(value for value in used if is_static(value)))
+    if len(shape) == 2 and any(shape_of(value)[:-1] not in ((), (1,), shape[:1]) for value in used):
+        return getattr(b.mb, _BINARY[node.op_type])(x=b.var(used[0], real), y=b.var(used[1], real))
+
+    def first() -> Any:
+        x, y = (channels_first(b, node.name, value, real) for value in used)
+        return getattr(b.mb, _BINARY[node.op_type])(x=x, y=y, name=b.name(node.name))
+
+    return tokens(b, node.name, shape, first)
+
+
+def _unary(b: MilBuilder, node: NodeInfo, x: Any, write: Callable[[Any], Any]) -> Any:
+    """A function of each element, in the layout that x has."""
+    real = b.real(node)
+    if has_tokens(x):
+        return tokens(b, node.name, shape_of(x), lambda: write(channels_first(b, node.name, x, real)))
+    return write(b.var(x, real))
 
 
 def _biased_product(b: MilBuilder, values: tuple[Any, ...]) -> Any:
@@ -70,20 +98,22 @@ def _biased_product(b: MilBuilder, values: tuple[Any, ...]) -> Any:
 def _silu(b: MilBuilder, node: NodeInfo, values: tuple[Any, ...]) -> Any:
     for gate, x in (values, values[::-1]):
         if isinstance(gate, Pending) and gate.kind == "sigmoid" and gate.base is x and gate.written is None:
-            return b.mb.silu(x=b.var(x, b.real(node)), name=b.name(node.name))
+            return _unary(b, node, x, lambda value: b.mb.silu(x=value, name=b.name(node.name)))
     return None
 
 
 @rules("Sigmoid")
 def sigmoid(b: MilBuilder, node: NodeInfo, x: Any) -> Pending:
     """Waits for a product with its own operand, which is SiLU."""
-    return Pending("sigmoid", shape_of(x), x, lambda: b.mb.sigmoid(x=b.var(x, b.real(node)), name=b.name(node.name)))
+    real = b.real(node)
+    return Pending("sigmoid", shape_of(x), x, lambda: b.mb.sigmoid(x=b.var(x, real), name=b.name(node.name)))
 
 
 @rules(*_UNARY)
 def unary(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
     """Functions of one value."""
-    return getattr(b.mb, _UNARY[node.op_type])(x=b.var(x, b.real(node)), name=b.name(node.name))
+    operator = getattr(b.mb, _UNARY[node.op_type])
+    return _unary(b, node, x, lambda value: operator(x=value, name=b.name(node.name)))
 
 
 @rules("Neg")
@@ -105,7 +135,7 @@ def logarithm(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
 def gelu(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
     """GELU, exact or by tanh."""
     mode = "TANH_APPROXIMATION" if node.get("approximate", "none") == "tanh" else "EXACT"
-    return b.mb.gelu(x=b.var(x, b.real(node)), mode=mode, name=b.name(node.name))
+    return _unary(b, node, x, lambda value: b.mb.gelu(x=value, mode=mode, name=b.name(node.name)))
 
 
 @rules("Softmax")

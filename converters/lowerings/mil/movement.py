@@ -8,11 +8,12 @@ import numpy as np
 
 from edgedit.converters.lowerings.driver import NodeInfo, dense, is_static, reshaped
 from edgedit.converters.lowerings.mil.builder import MilBuilder, Pending, rules, shape_of
+from edgedit.converters.lowerings.mil.tokens import channels_first, has_tokens, tokens
 
 __all__ = ["MAX_RANK", "pixel_order"]
 
-#: Core ML's limit on the rank of a tensor.
-MAX_RANK = 5
+#: Core ML's limit on the rank of a tensor, and the Neural Engine's.
+MAX_RANK, NEURAL_RANK = 5, 4
 
 
 @rules("Reshape")
@@ -20,7 +21,7 @@ def reshape(b: MilBuilder, node: NodeInfo, x: Any, shape: Any) -> Any:
     """A shape of more than five axes waits for the transposition that follows it."""
     source = x.base if isinstance(x, Pending) and x.kind == "reshape" and x.written is None else x
     wanted = reshaped(shape_of(x), [int(v) for v in dense(shape)], allow_zero=bool(node.get("allowzero", 0)))
-    if len(wanted) > MAX_RANK:
+    if len(wanted) > (NEURAL_RANK if b.neural else MAX_RANK):
         return _reshape_later(b, node, b.var(source), wanted)
     if shape_of(source) == tuple(wanted):
         return source
@@ -29,6 +30,8 @@ def reshape(b: MilBuilder, node: NodeInfo, x: Any, shape: Any) -> Any:
 
 def _reshape_later(b: MilBuilder, node: NodeInfo, base: Any, shape: list[int]) -> Pending:
     def refuse() -> Any:
+        if len(shape) <= MAX_RANK:
+            return b.mb.reshape(x=base, shape=shape, name=b.name(node.name))
         raise ValueError(f"a tensor of {len(shape)} axes, {shape}; Core ML has at most {MAX_RANK}")
 
     return Pending("reshape", tuple(shape), base, refuse)
@@ -39,8 +42,13 @@ def transpose(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
     """A transposition; of more than five axes without those of size one, and with neighbours that stay so merged."""
     shape = shape_of(x)
     order = [int(axis) for axis in node.get("perm", range(len(shape))[::-1])]
-    if len(shape) <= MAX_RANK:
+    if b.neural and order == [0, 2, 1] and b.is_float(x):
+        return _turned(b, node, x, shape)
+    if len(shape) <= (NEURAL_RANK if b.neural else MAX_RANK):
         return b.mb.transpose(x=b.var(x), perm=order, name=b.name(node.name))
+    if b.neural and not (isinstance(x, Pending) and x.base is None):
+        base = x.base if isinstance(x, Pending) else x
+        return _reshape_later(b, node, _in_steps(b, node, b.var(base), shape, order), [shape[axis] for axis in order])
     if not isinstance(x, Pending):
         raise ValueError(f"a tensor of {len(shape)} axes; Core ML has at most {MAX_RANK}")
     groups = _runs([axis for axis in order if shape[axis] != 1], shape)
@@ -51,6 +59,29 @@ def transpose(b: MilBuilder, node: NodeInfo, x: Any) -> Any:
     y = b.mb.reshape(x=x.base, shape=merged, name=b.name(node.name))
     y = b.mb.transpose(x=y, perm=[ranked.index(group) for group in groups], name=b.name(node.name))
     return _reshape_later(b, node, y, [shape[axis] for axis in order])
+
+
+def _turned(b: MilBuilder, node: NodeInfo, x: Any, shape: tuple[int, ...]) -> Any:
+    """Tokens become a map of one row, and a map's rows tokens, without moving anything."""
+    n, s, c = shape
+    if has_tokens(x):
+        return b.mb.reshape(x=channels_first(b, node.name, x, None), shape=[n, c, s], name=b.name(node.name))
+    rows = b.var(x)
+    return tokens(b, node.name, (n, c, s), lambda: b.mb.expand_dims(x=rows, axes=[2], name=b.name(node.name)))
+
+
+def _in_steps(b: MilBuilder, node: NodeInfo, x: Any, shape: tuple[int, ...], order: list[int]) -> Any:
+    """A transposition of many axes as several of four: each brings the next axis to its place."""
+    now = [axis for axis in range(len(shape)) if shape[axis] != 1]
+    for place, axis in enumerate(axis for axis in order if shape[axis] != 1):
+        at = now.index(axis)
+        if at != place:
+            parts = [now[:place], now[place:at], [axis], now[at + 1 :]]
+            sizes = [int(np.prod([shape[a] for a in part], dtype=np.int64)) for part in parts]
+            x = b.mb.reshape(x=x, shape=sizes, name=b.name(node.name))
+            x = b.mb.transpose(x=x, perm=[0, 2, 1, 3], name=b.name(node.name))
+            now = [*parts[0], axis, *parts[1], *parts[3]]
+    return x
 
 
 def _runs(order: list[int], shape: tuple[int, ...]) -> list[list[int]]:
@@ -119,7 +150,19 @@ def split(b: MilBuilder, node: NodeInfo, x: Any, sizes: Any = None) -> list[Any]
         lengths = [part] * (count - 1) + [whole - part * (count - 1)]
     else:
         lengths = [int(size) for size in dense(sizes)]
+    if has_tokens(x) and len(shape_of(x)) == 3 and axis % 3 == 2:
+        return _token_split(b, node, x, lengths)
     return list(b.mb.split(x=b.var(x), split_sizes=lengths, axis=axis, name=b.name(node.name)))
+
+
+def _token_split(b: MilBuilder, node: NodeInfo, x: Any, lengths: list[int]) -> list[Any]:
+    parts = b.mb.split(x=channels_first(b, node.name, x, None), split_sizes=lengths, axis=1, name=b.name(node.name))
+    n, s, _ = shape_of(x)
+
+    def one(part: Any, length: int) -> Any:
+        return tokens(b, node.name, (n, s, length), lambda: part)
+
+    return [one(part, length) for part, length in zip(parts, lengths, strict=True)]
 
 
 @rules("Slice")
@@ -174,7 +217,8 @@ def gather(b: MilBuilder, node: NodeInfo, x: Any, indices: Any) -> Any:
     # Looked up in the stored type, then widened: only the rows in use are.
     real = b.real(node, x)
     stored = "fp16" if b.half and (real == "fp16" or b.store_half) and not b.overflows(x) else "fp32"
-    rows = b.mb.gather(x=b.constant(x, stored), indices=b.var(indices), axis=axis, name=b.name(node.name))
+    table = b.kernel(x, stored) if getattr(x, "name", None) in b.codes else b.constant(x, stored)
+    rows = b.mb.gather(x=table, indices=b.var(indices), axis=axis, name=b.name(node.name))
     return b.cast(rows, real) if b.is_float(x) else rows
 
 
@@ -197,7 +241,7 @@ def space_to_depth(b: MilBuilder, node: NodeInfo, x: Any) -> Pending:
     moved = b.mb.pixel_unshuffle(x=b.var(x), downscale_factor=np.uint32(block), name=b.name(node.name))
     order = pixel_order(channels, block)
     shape = (n, channels * block * block, height // block, width // block)
-    return Pending("channels", shape, moved, lambda: _reorder(b, node, moved, order), order)
+    return Pending("channels", shape, moved, lambda: _reorder(b, node, moved, order), detail=order)
 
 
 @rules("DepthToSpace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from edgedit.converters.lowerings.driver import NodeInfo, Static, dense, is_static
 from edgedit.converters.lowerings.mil.builder import MilBuilder, Pending, rules, shape_of
+from edgedit.converters.lowerings.mil.tokens import channels_first, has_tokens, norm, tokens
 
 __all__: list[str] = []
 
@@ -25,6 +27,9 @@ def matmul(b: MilBuilder, node: NodeInfo, x: Any, y: Any) -> Any:
     if is_static(y) and len(shape_of(y)) == 2 and rank <= 3 and not is_static(x):
         return _linear(b, node, x, y)
     real = b.real(node, *(value for value in (x, y) if is_static(value)))
+    if getattr(y, "name", None) in b.codes:
+        weight = b.kernel(y, real, _transposed, "T")
+        return b.mb.matmul(x=b.input_of(y, b.var(x, real)), y=weight, transpose_y=True, name=b.name(node.name))
     return b.mb.matmul(x=b.var(x, real), y=b.var(y, real), name=b.name(node.name))
 
 
@@ -34,15 +39,54 @@ def _linear(b: MilBuilder, node: NodeInfo, x: Any, weight: Static) -> Pending:
     def matrix() -> Any:
         return b.kernel(weight, real, _transposed, "T")
 
+    shape = (*shape_of(x)[:-1], shape_of(weight)[1])
+
+    def fits(bias: Static) -> bool:
+        return not (b.half and real == "fp16" and b.overflows(bias))
+
+    if b.neural and len(shape) in (2, 3):
+        return _pointwise(b, node, x, weight, real, shape, fits)
+
+    def source() -> Any:
+        return b.input_of(weight, b.var(x, real))
+
     def write() -> Any:
-        return b.mb.linear(x=b.var(x, real), weight=matrix(), name=b.name(node.name))
+        return b.mb.linear(x=source(), weight=matrix(), name=b.name(node.name))
 
     def with_bias(bias: Static) -> Any:
-        if b.half and real == "fp16" and b.overflows(bias):
+        if not fits(bias):
             return None
-        return b.mb.linear(x=b.var(x, real), weight=matrix(), bias=b.constant(bias, real), name=b.name(node.name))
+        return b.mb.linear(x=source(), weight=matrix(), bias=b.constant(bias, real), name=b.name(node.name))
 
-    return Pending("product", (*shape_of(x)[:-1], shape_of(weight)[1]), x, write, with_bias)
+    return Pending("product", shape, x, write, detail=with_bias)
+
+
+def _pointwise(
+    b: MilBuilder,
+    node: NodeInfo,
+    x: Any,
+    weight: Static,
+    real: str,
+    shape: tuple[int, ...],
+    fits: Callable[[Static], bool],
+) -> Pending:
+    """A layer of tokens as a 1×1 convolution, which waits for its bias too."""
+
+    def convolved(bias: Static | None = None) -> Any:
+        extra = {} if bias is None else {"bias": b.constant(bias, real)}
+        source = b.input_of(weight, channels_first(b, node.name, x, real))
+        kernel = b.kernel(weight, real, _as_kernel, "T11")
+        return b.mb.conv(x=source, weight=kernel, pad_type="valid", name=b.name(node.name), **extra)
+
+    def with_bias(bias: Static) -> Any:
+        return tokens(b, node.name, shape, lambda: convolved(bias)) if fits(bias) else None
+
+    plain = tokens(b, node.name, shape, convolved)
+    return Pending("product", shape, None, plain.write, plain.first, with_bias)
+
+
+def _as_kernel(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T)[:, :, None, None]
 
 
 @rules("Conv")
@@ -109,6 +153,8 @@ def _scale(b: MilBuilder, value: Any) -> Any:
 def layer_norm(b: MilBuilder, node: NodeInfo, x: Any, scale: Any, bias: Any = None) -> Any:
     """Over the last axis, in float32: a sum of squares passes float16's range at values of a few hundred."""
     _last_axis(node, x)
+    if b.neural and (has_tokens(x) or len(shape_of(x)) == 3):
+        return _token_norm(b, node, x, scale, bias, centred=True)
     extra: dict[str, Any] = {}
     if (gamma := _scale(b, scale)) is not None:
         extra["gamma"] = gamma
@@ -117,6 +163,16 @@ def layer_norm(b: MilBuilder, node: NodeInfo, x: Any, scale: Any, bias: Any = No
     epsilon = np.float32(node.get("epsilon", 1e-5))
     y = b.mb.layer_norm(x=b.var(x, "fp32"), axes=[-1], epsilon=epsilon, name=b.name(node.name), **extra)
     return b.cast(y, _norm_type(b, node))
+
+
+def _token_norm(b: MilBuilder, node: NodeInfo, x: Any, scale: Any, bias: Any, *, centred: bool) -> Pending:
+    real, epsilon = b.real(node), float(node.get("epsilon", 1e-5))
+
+    def first() -> Any:
+        value = channels_first(b, node.name, x, real)
+        return norm(b, node.name, value, scale, bias, epsilon, real, centred=centred)
+
+    return tokens(b, node.name, shape_of(x), first)
 
 
 def _norm_type(b: MilBuilder, node: NodeInfo) -> str:
@@ -136,6 +192,8 @@ def _last_axis(node: NodeInfo, x: Any) -> None:
 def rms_norm(b: MilBuilder, node: NodeInfo, x: Any, scale: Any) -> Any:
     """x / sqrt(mean(x²) + epsilon) * scale over the last axis, in float32; MIL has no operator for it."""
     _last_axis(node, x)
+    if b.neural and (has_tokens(x) or len(shape_of(x)) == 3):
+        return _token_norm(b, node, x, scale, None, centred=False)
     value = b.var(x, "fp32")
     mean = b.mb.reduce_mean(x=b.mb.square(x=value, name=b.name(node.name)), axes=[-1], keep_dims=True)
     inverse = b.mb.rsqrt(x=mean, epsilon=np.float32(node.get("epsilon", 1e-5)), name=b.name(node.name))
@@ -150,8 +208,11 @@ def group_norm(b: MilBuilder, node: NodeInfo, x: Any, scale: Any, bias: Any) -> 
     """Statistics over the channels of a group and all places, in float32."""
     n, channels, *places = shape_of(x)
     groups = int(node.attributes["num_groups"])
-    value = b.mb.reshape(x=b.var(x, "fp32"), shape=[n, groups, channels // groups, *places], name=b.name(node.name))
-    axes = list(range(2, 3 + len(places)))
+    inner = [channels // groups, *places]
+    if b.neural:  # four axes at most, none of them longer than it must be
+        inner = [inner[0] * int(np.prod(places[:-1])), places[-1]]
+    value = b.mb.reshape(x=b.var(x, "fp32"), shape=[n, groups, *inner], name=b.name(node.name))
+    axes = list(range(2, 2 + len(inner)))
     mean = b.mb.reduce_mean(x=value, axes=axes, keep_dims=True, name=b.name(node.name))
     centred = b.mb.sub(x=value, y=mean, name=b.name(node.name))
     variance = b.mb.reduce_mean(x=b.mb.square(x=centred, name=b.name(node.name)), axes=axes, keep_dims=True)

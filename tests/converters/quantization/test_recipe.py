@@ -95,12 +95,11 @@ def test_every_key_of_a_line_is_read_and_written_again(tmp_path: Path) -> None:
         ("transformer = 8", r"write \[transformer\]"),
         ('[decoder]\n"*" = 8', "must be a table such as"),
         ('[decoder]\n"*" = {block = 64}', "bits is missing"),
-        ('[decoder]\n"*" = {bits = 5}', "bits must be one of 32, 16, 8, 4, 3, 2, not 5"),
+        ('[decoder]\n"*" = {bits = 5}', "bits must be one of 32, 16, 8, 6, 4, 3, 2, 1, not 5"),
         ('[decoder]\n"*" = {bits = true}', "bits must be one of"),
         ('[decoder]\n"*" = {bits = 8, blok = 64}', "unknown key 'blok'; did you mean 'block'"),
         ('[decoder]\n"*" = {bits = 4, block = 48}', "block must be one of 128, 64, 32, 16, not 48"),
         ('[decoder]\n"*" = {bits = 8, block = 64}', "block goes with 4, 3 or 2 bits"),
-        ('[decoder]\n"*" = {bits = 3, format = "palette"}', "a palette has 4 bits"),
         ('[decoder]\n"*" = {bits = 3, format = "fp4"}', "format fp4 has 4 bits, not 3"),
         (
             '[transformer]\n"*" = {bits = 4, format = "log", activations = "int8"}',
@@ -176,6 +175,31 @@ def test_presets_use_methods_only_when_the_inputs_of_layers_are_known(name: str)
     assert calibrated is not None
     assert not plain.calibrated
     assert calibrated.calibrated == ("transformer",)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bits = 6", "6 bits are a palette's; choose from 8, 4, 3, 2"),
+        ("bits = 4, vector = 2", 'vector goes with format = "palette"'),
+        ('bits = 8, format = "palette", vector = 2', "has entries of 1 weights, not 2; set vector"),
+        ("bits = 8, sparsity = 1.0", "above 0 and below 1"),
+        ("bits = 8, sparsity = true", "sparsity must be a number from 0 to 1"),
+        ("bits = 4, sparsity = 0.5", "sparsity goes with 16 or 8 bits"),
+        ('bits = 8, rounding = "adaptive", sparsity = 0.5', "would fill the zeros"),
+    ],
+)
+def test_palettes_and_zeros_that_no_backend_stores_are_refused(line: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=said):
+        read(f'[transformer]\n"*" = {{{line}}}', tmp_path)
+
+
+def test_zeros_and_vectors_go_where_a_layer_can_have_them(tmp_path: Path) -> None:
+    found = read('[transformer]\n"*" = {bits = 1, format = "palette", sparsity = 0.3}', tmp_path)
+    forms = found.resolve("transformer", LAYERS)
+    assert forms["blocks.0.ff"] == Form(1, format="palette", sparsity=0.3)
+    assert forms["blocks.1.seven"] == Form(8, sparsity=0.3), "84 outputs do not fill entries of eight"
+    assert (forms["conv"], forms["table"]) == (Form(8, sparsity=0.3), Form(8))
 
 
 def test_budgets_are_bytes_or_decibels() -> None:
