@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from edgedit import image as images
+from edgedit.attention_scale import INPUT as ATTENTION_SCALE
 from edgedit.bundle import Bundle
 from edgedit.denoise import StepState, StoppedError, denoise
 from edgedit.device import available_memory, cache_dir
@@ -264,7 +265,8 @@ class Pipeline:
             encoder_hidden_states: float32 [B, L, D].
             encoder_attention_mask: float32 [B, L], 1 keep, 0 discard; all ones by default.
             conditions: further inputs that the component's manifest entry lists (`resolution`, `aspect_ratio`,
-                `guidance`); `pos_embed` is computed from the manifest when it is not given.
+                `guidance`); `pos_embed` is computed from the manifest when it is not given, and `attention_scale`,
+                float32 [1], is 1 then.
 
         Raises:
             InputError: shapes that do not fit together, or a condition that this transformer does not take.
@@ -298,6 +300,8 @@ class Pipeline:
             **{name: np.ascontiguousarray(value, np.float32) for name, value in conditions.items()},
         }
         wanted = {spec.name for spec in entry.inputs}
+        if ATTENTION_SCALE in wanted and ATTENTION_SCALE not in inputs:
+            inputs[ATTENTION_SCALE] = np.ones(1, np.float32)
         if "pos_embed" in wanted and "pos_embed" not in inputs:
             positions = self.bundle.manifest.positions
             if positions is None:
@@ -425,6 +429,7 @@ class Pipeline:
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
+        shared = {} if recipe.attention_scale == 1 else {ATTENTION_SCALE: np.float32([recipe.attention_scale])}
         windows = self._windows(recipe)
         seen = latents.shape[2:] if windows is None else [min(windows.side, side) for side in latents.shape[2:]]
         together = self._guides_together(seen[0] * seen[1] // space.patch_size**2)
@@ -435,7 +440,7 @@ class Pipeline:
             self.free("transformer")
 
         def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray, *branches: str) -> np.ndarray:
-            extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
+            extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()} | shared
 
             def ask(part: np.ndarray) -> np.ndarray:
                 inputs = self._inputs(part, t, states, mask, extra)
@@ -664,6 +669,7 @@ class Pipeline:
         step_cache: str | None = None,
         denoise_tile: int | None = None,
         denoise_overlap: int | None = None,
+        attention_scale: float | str | None = None,
         tiling: Tiling | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
@@ -682,6 +688,8 @@ class Pipeline:
             denoise_tile: side in pixels of overlapping windows in which a picture larger than the model draws is
                 denoised (`edgedit.windows`); the prompt speaks to every window.
             denoise_overlap: least pixels by which they overlap, half of the side by default.
+            attention_scale: what the scores of self-attention are multiplied by; "entropy" (`edgedit.attention_scale`),
+                the default where the model can, is 1 at the sizes that it was trained at.
             tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
                 Its memory limit holds for encoding `image` too.
             decode: False returns latents and no pictures.
@@ -708,6 +716,7 @@ class Pipeline:
             step_cache=step_cache,
             denoise_tile=denoise_tile,
             denoise_overlap=denoise_overlap,
+            attention_scale=attention_scale,
         )
         seeds = _seeds(seed)
         start_latents = None if latents is None else self._start_latents(latents, recipe)

@@ -124,6 +124,7 @@ class Run:
             "step_cache": request.step_cache,
             "denoise_tile": request.denoise_tile,
             "denoise_overlap": request.denoise_overlap,
+            "attention_scale": request.attention_scale,
         }
         self.recipe: Recipe = Recipe.resolve(
             self.pipe.bundle,
