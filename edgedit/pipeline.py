@@ -33,7 +33,7 @@ from edgedit.step_cache import CachedTransformer
 from edgedit.text import Tokenizer
 from edgedit.tiling.component import Tiling, choose
 from edgedit.tiling.component import run as run_component
-from edgedit.windows import Windows
+from edgedit.windows import OnWindow, Windows
 
 if TYPE_CHECKING:
     from edgedit.manifest import Latents
@@ -374,6 +374,7 @@ class Pipeline:
         latents: np.ndarray | None = None,
         references: np.ndarray | None = None,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> np.ndarray:
         """Denoise several pictures of one recipe, prompts and seeds aside, in one batch.
 
@@ -391,7 +392,7 @@ class Pipeline:
 
         Raises:
             InputError: embeddings of different lengths, or not one of each for every seed.
-            StoppedError: `on_step` returned False.
+            StoppedError: `on_step` or `on_window` returned False.
         """
         for group in (prompts, negatives if negatives is not None else prompts):
             if len(group) != len(seeds) or len({item.hidden_states.shape for item in group}) != 1:
@@ -411,7 +412,9 @@ class Pipeline:
         else:
             first = first * np.float32(recipe.schedule.init_noise_scale)
         negative = None if negatives is None else join(negatives)
-        return self._denoise(first, join(prompts), negative, recipe, noise, start=start, on_step=on_step)
+        return self._denoise(
+            first, join(prompts), negative, recipe, noise, start=start, on_step=on_step, on_window=on_window
+        )
 
     def _denoise(
         self,
@@ -423,6 +426,7 @@ class Pipeline:
         *,
         start: int = 0,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> np.ndarray:
         manifest, space = self.bundle.manifest, self.latent_space
         guidance = Guidance.from_manifest(manifest.guidance)
@@ -447,7 +451,7 @@ class Pipeline:
                 out = self._session("transformer").run(inputs) if cached is None else cached.run(inputs, branches)
                 return out["prediction"][:, : space.channels]
 
-            return ask(x) if windows is None else windows.blend(ask, x)
+            return ask(x) if windows is None else windows.blend(ask, x, on_window)
 
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
             guided = guided and negative is not None
@@ -673,6 +677,7 @@ class Pipeline:
         tiling: Tiling | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> Result:
         """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
 
@@ -694,6 +699,7 @@ class Pipeline:
                 Its memory limit holds for encoding `image` too.
             decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
+            on_window: the same after each window of `denoise_tile`, with (windows done, windows in all).
 
         Raises:
             InputError: a setting that this model cannot honour, named.
@@ -749,6 +755,7 @@ class Pipeline:
                         latents=start_latents,
                         references=reference,
                         on_step=callback,
+                        on_window=on_window,
                     )
                 )
             except StoppedError:
