@@ -176,6 +176,10 @@ def _size(field: str, value: object) -> tuple[int, int]:
     return int(columns), int(rows)
 
 
+def _scale(field: str, value: object) -> float | str:
+    return _text(field, value) if isinstance(value, str) else _number(field, value)
+
+
 def _metadata(field: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise MistakeError(field, f"must be an object, not {_shown(value)}")
@@ -214,12 +218,13 @@ FIELDS: Mapping[str, Callable[[str, object], Any]] = {
     "image": _text,
     "strength": _number,
     "step_cache": _text,
+    "attention_scale": _scale,
     "latents": _text,
     "metadata": _metadata,
 }
 _SETTINGS = (
     *("width", "height", "steps", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength", "step_cache"),
+    *("sampler", "sigmas", "rng", "strength", "step_cache", "attention_scale"),
 )
 
 

@@ -81,8 +81,9 @@ def _hash(text: str) -> int:
 class _Planner:
     """Names and numbers given so far. A 64-bit hash stands for each id and path: a million of either take 0.1 GB."""
 
-    def __init__(self, bundle: Bundle, template: NameTemplate) -> None:
-        self.book, self.template, self.several = RecipeBook(bundle), template, template.for_several_seeds()
+    def __init__(self, bundle: Bundle, template: NameTemplate, *, force_size: bool) -> None:
+        self.book = RecipeBook(bundle, force_size=force_size)
+        self.template, self.several = template, template.for_several_seeds()
         self.ids: dict[int, int] = {}
         self.paths: dict[int, int] = {}
         self.groups: dict[tuple[object, ...], int] = {}
@@ -113,6 +114,7 @@ class _Planner:
         settings = (
             *(recipe.width, recipe.height, recipe.steps, recipe.sampler, recipe.sigmas, recipe.guidance_scale),
             *(recipe.guidance_interval, recipe.rng, recipe.strength, recipe.step_cache, job.latents is not None),
+            recipe.attention_scale,
         )
         group = self.groups.setdefault(settings, len(self.groups))
         planned = PlannedJob(self.jobs, line, identity, canonical(job.spec()), group, pictures)
@@ -136,14 +138,22 @@ def _check_path(path: str) -> None:
 
 
 def plan(
-    path: Path, kind: str, bundle: Bundle, template: NameTemplate, *, folder: Path, shard: Shard | None = None
+    path: Path,
+    kind: str,
+    bundle: Bundle,
+    template: NameTemplate,
+    *,
+    folder: Path,
+    shard: Shard | None = None,
+    force_size: bool = False,
 ) -> Iterator[PlannedJob | Mistake]:
     """Every line of a job file as a planned job (those of other shards are checked and left out) or a mistake.
 
     Args:
         folder: what paths in the jobs are relative to.
+        force_size: take sizes that the model was not made for.
     """
-    planner = _Planner(bundle, template)
+    planner = _Planner(bundle, template, force_size=force_size)
     for line, fields in read_jobs(path, kind):
         try:
             if isinstance(fields, Mistake):

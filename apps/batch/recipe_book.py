@@ -12,6 +12,7 @@ from edgedit.bundle import Bundle
 from edgedit.errors import EdgeditError, InputError
 from edgedit.guidance import Guidance
 from edgedit.recipes import Recipe
+from edgedit.sizes import check_size
 
 __all__ = ["RecipeBook"]
 
@@ -22,10 +23,14 @@ Settings = tuple[tuple[str, Any], ...]
 
 
 class RecipeBook:
-    """Resolves the settings of jobs and gives each set of them a number."""
+    """Resolves the settings of jobs.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    `force_size`: let `check` pass sizes that the model was not made for.
+    """
+
+    def __init__(self, bundle: Bundle, *, force_size: bool = False) -> None:
+        best = bundle.manifest.recommended
+        self.bundle, self._sizes = bundle, () if force_size or best is None else best.sizes
         self.guidance = Guidance.from_manifest(bundle.manifest.guidance)
         self._recipes: dict[tuple[Settings, str | None, str], Recipe] = {}
         self._images: dict[str, str | None] = {}
@@ -49,6 +54,8 @@ class RecipeBook:
             recipe = self._resolve(settings, job.negative_prompt, start)
         except InputError as error:
             raise MistakeError(self._blame(settings, job.negative_prompt, start), str(error)) from None
+        if self._sizes and (recipe.width, recipe.height) not in self._sizes:
+            self._refuse_size(settings, recipe)
         guided = self.guidance.needs_negative(recipe.guidance_scale)
         best = self.bundle.manifest.recommended
         if (
@@ -71,6 +78,13 @@ class RecipeBook:
             _check_latents(job.latents, recipe)
         return recipe
 
+    def _refuse_size(self, settings: Settings, recipe: Recipe) -> None:
+        named = [name for name, _ in settings if name in ("width", "height")]
+        try:
+            check_size(self._sizes, recipe.width, recipe.height)
+        except InputError as error:
+            raise MistakeError(named[0] if len(named) == 1 else "size", str(error)) from None
+
     def _resolve(self, settings: Settings, negative: str | None, start: str) -> Recipe:
         # Negative prompts are many and all alike to the resolver, but for being there.
         key = (settings, negative and "-", start)
@@ -79,6 +93,7 @@ class RecipeBook:
                 self._recipes.clear()
             values = dict(settings)
             names = ("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache")
+            names = (*names, "attention_scale")
             self._recipes[key] = Recipe.resolve(
                 self.bundle,
                 prompt="",
