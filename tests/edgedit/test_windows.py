@@ -164,6 +164,7 @@ def test_a_run_in_windows_is_that_of_a_loop_with_diffusers_network_and_scheduler
         guidance_scale=3.0,
         denoise_tile=12,
         denoise_overlap=4,
+        attention_scale=1.0,
         decode=False,
     ).latents
     assert np.linalg.norm(found - x.numpy()) <= 2e-4 * np.linalg.norm(x.numpy()), seed
