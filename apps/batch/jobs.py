@@ -228,6 +228,10 @@ _SETTINGS = (
 )
 
 
+#: Fields that say the same thing.
+_SAME = (("seed", "seeds"), ("size", "width"), ("size", "height"), ("steps", "sigmas"))
+
+
 def parse_job(raw: Mapping[str, object], folder: Path) -> Job:
     """The job in one line's fields; null counts as left out, and paths are relative to `folder`.
 
@@ -247,7 +251,7 @@ def parse_job(raw: Mapping[str, object], folder: Path) -> Job:
         raise MistakeError("prompt", "is missing")
     if not values["prompt"].strip():
         raise MistakeError("prompt", "is empty")
-    for one, other in (("seed", "seeds"), ("size", "width"), ("size", "height"), ("steps", "sigmas")):
+    for one, other in _SAME if len(values) > 2 else ():
         if one in values and other in values:
             raise MistakeError(other, f"says the same as {one}; give one of them")
     if "image" in values and "latents" in values:

@@ -33,6 +33,7 @@ class RecipeBook:
         self.bundle, self._sizes = bundle, () if force_size or best is None else best.sizes
         self.guidance = Guidance.from_manifest(bundle.manifest.guidance)
         self._recipes: dict[tuple[Settings, str | None, str], Recipe] = {}
+        self._good: dict[Settings, Recipe] = {}
         self._images: dict[str, str | None] = {}
 
     def recipe(self, spec: Mapping[str, Any]) -> Recipe:
@@ -49,6 +50,9 @@ class RecipeBook:
     def check(self, job: Job) -> Recipe:
         """The job's recipe, its prompt left out. Raises MistakeError that names the field at fault."""
         start = "image" if job.image is not None else "latents" if job.latents is not None else ""
+        plain = not start and job.negative_prompt is None
+        if plain and job.settings in self._good:
+            return self._good[job.settings]
         settings = tuple(sorted(job.settings))
         try:
             recipe = self._resolve(settings, job.negative_prompt, start)
@@ -76,6 +80,8 @@ class RecipeBook:
             self._check_image(job.image)
         if job.latents is not None:
             _check_latents(job.latents, recipe)
+        if plain and len(self._good) < LARGEST:
+            self._good[job.settings] = recipe
         return recipe
 
     def _refuse_size(self, settings: Settings, recipe: Recipe) -> None:
