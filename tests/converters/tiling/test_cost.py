@@ -18,7 +18,8 @@ MAP = 32 * 4
 
 def maps_at_the_peak(body: str, channels: int = 32) -> float:
     """Maps of 32 channels that `body` takes beside its input x, a map of 32 channels."""
-    text = f'<ir_version: 10, opset_import: ["" : 23]> g (float[1, 32, h, w] x) => (float[1, {channels}, h, w] y) {{{body}}}'
+    signature = f"g (float[1, 32, h, w] x) => (float[1, {channels}, h, w] y)"
+    text = f'<ir_version: 10, opset_import: ["" : 23]> {signature} {{{body}}}'
     model = ir.from_proto(onnx.parser.parse_model(text))
     free = {v.name: v for node in model.graph for v in node.inputs if v is not None and v.name in ("w", "narrow")}
     for name, value in free.items():
