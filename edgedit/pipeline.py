@@ -433,7 +433,9 @@ class Pipeline:
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
-        shared = {} if recipe.attention_scale == 1 else {ATTENTION_SCALE: np.float32([recipe.attention_scale])}
+        shared: dict[str, np.ndarray] = {}
+        if recipe.attention_scale != 1:
+            shared[ATTENTION_SCALE] = np.array([recipe.attention_scale], np.float32)
         windows = self._windows(recipe)
         seen = latents.shape[2:] if windows is None else [min(windows.side, side) for side in latents.shape[2:]]
         together = self._guides_together(seen[0] * seen[1] // space.patch_size**2)

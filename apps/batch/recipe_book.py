@@ -98,8 +98,10 @@ class RecipeBook:
             if len(self._recipes) >= LARGEST:
                 self._recipes.clear()
             values = dict(settings)
-            names = ("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache")
-            names = (*names, "attention_scale")
+            names = (
+                *("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache"),
+                "attention_scale",
+            )
             self._recipes[key] = Recipe.resolve(
                 self.bundle,
                 prompt="",
