@@ -29,7 +29,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="lcm (consistency), scm (continuous-time consistency) or dmd.",
+            help="lcm, scm (consistency models), dmd, or trajectory (regression of the teacher's ends).",
             show_default="lcm",
         ),
     ] = None,

@@ -122,9 +122,6 @@ def _draw(
     guidance_scale: float | None,
 ) -> list[Picture]:
     progress.stage(f"draw with {model}")
-    pictures: list[Picture] = []
     with measure.open_model(model, steps=steps, guidance_scale=guidance_scale) as draw:
-        for index, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
-            pictures += draw([text], [seed])
-            progress.step(index + 1, len(texts))
+        pictures: list[Picture] = draw(texts, seeds, progress.step)
     return pictures

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,13 @@ __all__ = [
     "DEFAULT_PROMPTS",
     "PROMPTS_FILE",
     "Calibration",
+    "batch_noise",
     "draw_latents",
     "embed_prompts",
     "noise_of_samples",
     "read_prompts",
     "sample_latents",
+    "trajectory",
 ]
 
 SAMPLE_STEPS = 20
@@ -47,6 +49,7 @@ class Calibration:
         latents: float16 (N, C, H, W); latents[i] was drawn for prompt i modulo the number of prompts.
         guidance_scale: the scale that they were drawn with.
         seed, batch_size: what their noise depends on, see `noise_of_samples`.
+        states: points of the trajectories that end in the latents, float16 (N, levels, C, H, W), where they were kept.
     """
 
     text: Text
@@ -55,6 +58,7 @@ class Calibration:
     guidance_scale: float
     seed: int
     batch_size: int
+    states: npt.NDArray[np.float16] | None = None
 
     def batch(self, chosen: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Text]:
         """Latents (B, C, H, W) float32 and the embedded prompts they belong to."""
@@ -107,7 +111,7 @@ def embed_prompts(
 
 
 @torch.no_grad()
-def draw_latents(
+def trajectory(
     denoiser: Denoiser,
     noise: Tensor,
     text: Text,
@@ -115,15 +119,16 @@ def draw_latents(
     *,
     guidance_scale: float,
     levels: npt.NDArray[np.float64],
-) -> Tensor:
-    """Draws latents with DPM-Solver++ 2M on the straight path (Lu et al. 2022, algorithm 2).
+) -> Iterator[Tensor]:
+    """The latents at each of `levels`, by DPM-Solver++ 2M on the straight path (Lu et al. 2022, algorithm 2).
 
     Args:
-        noise: unit noise (B, C, H, W).
-        levels: falling levels s that end at 0.
+        noise: unit noise (B, C, H, W), the first that is given.
+        levels: falling levels s, from that of the noise.
     """
     x, before, last_step = noise.float(), None, 0.0
     for now, then in itertools.pairwise(levels):
+        yield x
         s = torch.full((len(x),), float(now), device=x.device)
         clean = x - float(now) * guided(denoiser, x, s, text, empty, guidance_scale)
         if then <= 0:
@@ -137,14 +142,29 @@ def draw_latents(
         x = ratio * x + (1 - float(then) - ratio * (1 - float(now))) * estimate
         # Pure noise is an infinite step away from everything, so there is no second order right after it.
         before, last_step = (clean, step) if now < 1 else (None, 0.0)
-    return x
+    yield x
+
+
+def draw_latents(
+    denoiser: Denoiser,
+    noise: Tensor,
+    text: Text,
+    empty: Text,
+    *,
+    guidance_scale: float,
+    levels: npt.NDArray[np.float64],
+) -> Tensor:
+    """The end of a `trajectory`, whose levels end at 0."""
+    states = trajectory(denoiser, noise, text, empty, guidance_scale=guidance_scale, levels=levels)
+    return list(states)[-1]
 
 
 def _log_snr(s: float) -> float:
     return math.log((1 - s) / s) if s < 1 else -math.inf
 
 
-def _batch_noise(seed: int, batch: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def batch_noise(seed: int, batch: int, size: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """The unit noise (size, *shape) that batch number `batch` of the samples is drawn from."""
     return step_rng(seed, batch, purpose=11).standard_normal((size, *shape), dtype=np.float32)
 
 
@@ -152,7 +172,7 @@ def noise_of_samples(chosen: npt.NDArray[np.int64], shape: Sequence[int], calibr
     """The unit noise (B, C, H, W) that samples number `chosen` were drawn from."""
     size, total = calibration.batch_size, len(calibration.latents)
     batches = {
-        int(batch): _batch_noise(calibration.seed, int(batch), min(size, total - int(batch) * size), tuple(shape))
+        int(batch): batch_noise(calibration.seed, int(batch), min(size, total - int(batch) * size), tuple(shape))
         for batch in np.unique(chosen // size)
     }
     return torch.from_numpy(np.stack([batches[int(i) // size][int(i) % size] for i in chosen]))
@@ -180,7 +200,7 @@ def sample_latents(
     levels = denoiser.levels(SAMPLE_STEPS)
     for index, start in enumerate(range(0, count, batch_size)):
         size = min(batch_size, count - start)
-        noise = _batch_noise(seed, index, size, shape)
+        noise = batch_noise(seed, index, size, shape)
         with autocast(device):
             latents = draw_latents(
                 denoiser,

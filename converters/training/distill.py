@@ -1,6 +1,6 @@
-"""Many steps to few: three ways to train a student that draws in one to four steps, guidance included.
+"""Many steps to few: ways to train a student that draws in one to four steps, guidance included.
 
-All three work on the straight path of `denoisers`, so they serve flow and variance-preserving teachers alike, and all
+All work on the straight path of `denoisers`, so they serve flow and variance-preserving teachers alike, and all
 give a student that is used alike: at each level of a short table it estimates the clean latents, x_0 = x - s v(x, s),
 and fresh noise leads to the next level. The teacher's own samples stand in for data.
 
@@ -15,13 +15,14 @@ and fresh noise leads to the next level. The teacher's own samples stand in for 
   et al., "Improved Distribution Matching Distillation", 2024, section 4, without the discriminator), and its first step
   also regresses the teacher's trajectories (Yin et al., "One-step Diffusion with Distribution Matching Distillation",
   2023, section 3.3).
+* `trajectory.TrajectoryStage` ("trajectory"): regression of the ends of the teacher's trajectories.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from edgedit.converters.training.calibration import Calibration, noise_of_sample
 from edgedit.converters.training.denoisers import Denoiser, Text, guided
 from edgedit.converters.training.loop import autocast, step_rng
 
-__all__ = ["METHODS", "ConsistencyStage", "ContinuousStage", "DistillationStage", "MatchingStage", "first_latents"]
+__all__ = ["HUBER", "ConsistencyStage", "ContinuousStage", "DistillationStage", "MatchingStage", "first_latents"]
 
 TRAJECTORY_STEPS = 40
 """Points of the teacher's trajectory for "lcm" (its own 50 for Stable Diffusion; a straighter path needs fewer)."""
@@ -246,11 +247,3 @@ class MatchingStage(DistillationStage):
             size = (drawn - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
             wanted = drawn - (fake - real) / size
         return 0.5 * F.mse_loss(drawn, wanted)
-
-
-METHODS: Mapping[str, Callable[..., DistillationStage]] = {
-    "lcm": ConsistencyStage,
-    "scm": ContinuousStage,
-    "dmd": MatchingStage,
-}
-"""Methods by the command line's names."""

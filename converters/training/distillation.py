@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,12 @@ import torch
 
 from edgedit.converters.training.calibration import read_prompts
 from edgedit.converters.training.denoisers import Denoiser
-from edgedit.converters.training.distill import METHODS
+from edgedit.converters.training.distill import (
+    ConsistencyStage,
+    ContinuousStage,
+    DistillationStage,
+    MatchingStage,
+)
 from edgedit.converters.training.jobs import (
     default_guidance,
     latent_shape,
@@ -24,12 +29,20 @@ from edgedit.converters.training.jobs import (
 )
 from edgedit.converters.training.teacher import PlainAttention
 from edgedit.converters.training.trainable import check_output, open_trainable, save_trainable
+from edgedit.converters.training.trajectory import TrajectoryStage
 from edgedit.converters.training.workspace import OnProgress, Workspace, digest
 from edgedit.errors import InputError
 
-__all__ = ["STEP_COUNTS", "DistillationReport", "distill", "few_step_schedule"]
+__all__ = ["METHODS", "STEP_COUNTS", "DistillationReport", "distill", "few_step_schedule"]
 
 STEP_COUNTS = (1, 2, 4)
+METHODS: Mapping[str, Callable[..., DistillationStage]] = {
+    "lcm": ConsistencyStage,
+    "scm": ContinuousStage,
+    "dmd": MatchingStage,
+    "trajectory": TrajectoryStage,
+}
+"""Methods by the command line's names."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class DistillationReport:
 def few_step_schedule(teacher: Denoiser, method: str, steps: int) -> dict[str, Any]:
     """The schedule object of a distilled model: the teacher's path, and a table of levels for each number of steps.
 
-    Consistency models are called anywhere on the trajectory, so fewer steps work too; "dmd" is trained for its own
-    levels alone.
+    Consistency models are called anywhere on the trajectory, and "trajectory" at levels that those of fewer steps are
+    among, so fewer steps work too; "dmd" is trained for its own number alone.
     """
     counts = [steps] if method == "dmd" else [count for count in reversed(STEP_COUNTS) if count <= steps]
     kept = {
@@ -107,7 +120,7 @@ def distill(
     Args:
         source: a pipeline folder, also one that `linearize` made.
         output: the checkpoint to make: a pipeline folder whose `edgedit.json` states the schedule, and `loss.png`.
-        method: "lcm", "scm" or "dmd" (see `distill`).
+        method: a key of `METHODS` (see `distill`).
         steps: 1, 2 or 4.
         calibration: a text file of prompts, one a line, or "self".
         budget: seconds of training; half an hour by default.
@@ -161,6 +174,7 @@ def distill(
         seed=seed,
         device=place,
         batch_size=batch_size,
+        trajectory_steps=steps if method == "trajectory" else None,
         on_progress=on_progress,
     )
     student = copy.deepcopy(trainable.transformer).requires_grad_(True)

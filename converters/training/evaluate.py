@@ -19,6 +19,9 @@ from edgedit.converters.training.scoring import Score, Tally, score_scene
 from edgedit.converters.training.similarity import psnr, ssim, structure_distance
 from edgedit.converters.training.world import IMAGE_SIZE, Scene, sample_scene
 from edgedit.errors import InputError
+from edgedit.guidance import Guidance
+from edgedit.pipeline import Pipeline
+from edgedit.recipes import Recipe
 
 __all__ = [
     "Draw",
@@ -36,8 +39,11 @@ __all__ = [
 
 Picture = npt.NDArray[np.uint8]
 Tables = dict[str, dict[str, dict[str, float]]]
-Draw = Callable[[Sequence[str], Sequence[int]], list[Picture]]
-"""Prompts and seeds in, uint8 (128, 128, 3) pictures out."""
+OnStep = Callable[[int, int], None]
+"""Pictures done, and of how many."""
+BATCH = 16
+"""Pictures denoised together."""
+
 
 GROUP_NAMES = {1: "one object", 2: "two objects", 3: "three objects"}
 
@@ -63,6 +69,39 @@ def held_out_prompts(count: int, *, seed: int) -> list[Prompt]:
     return prompts
 
 
+class Draw:
+    """Draws many prompts with one open pipeline, those of one length together."""
+
+    def __init__(self, pipeline: Pipeline, *, steps: int | None, guidance_scale: float | None) -> None:
+        self._pipeline = pipeline
+        self._recipe = Recipe.resolve(pipeline.bundle, prompt="", steps=steps, guidance_scale=guidance_scale)
+        guidance = Guidance.from_manifest(pipeline.bundle.manifest.guidance)
+        self._guided = guidance.needs_negative(self._recipe.guidance_scale)
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], on_step: OnStep | None = None) -> list[Picture]:
+        """Prompts and seeds in, uint8 (H, W, 3) pictures out, each the one that `generate` draws."""
+        pipeline = self._pipeline
+        embeddings = [pipeline.encode_prompt(prompt) for prompt in prompts]
+        negative = pipeline.encode_prompt(self._recipe.negative_prompt, negative=True) if self._guided else None
+        lengths: dict[int, list[int]] = {}
+        for index, embedding in enumerate(embeddings):
+            lengths.setdefault(embedding.hidden_states.shape[1], []).append(index)
+        pictures: dict[int, Picture] = {}
+        for same in lengths.values():
+            for some in (same[first : first + BATCH] for first in range(0, len(same), BATCH)):
+                latents = pipeline.denoise_together(
+                    self._recipe,
+                    [embeddings[index] for index in some],
+                    None if negative is None else [negative] * len(some),
+                    [seeds[index] for index in some],
+                )
+                for index, image in zip(some, pipeline.decode(latents), strict=True):
+                    pictures[index] = np.asarray(image.convert("RGB"))
+                if on_step is not None:
+                    on_step(len(pictures), len(prompts))
+        return [pictures[index] for index in range(len(prompts))]
+
+
 @contextmanager
 def open_model(source: str | Path, *, steps: int | None, guidance_scale: float | None) -> Iterator[Draw]:
     """A drawing function for a bundle, or for a checkpoint, which is converted for the occasion.
@@ -79,15 +118,7 @@ def open_model(source: str | Path, *, steps: int | None, guidance_scale: float |
             bundle = Path(folder) / "model.edgedit"
             edgedit.convert(source, bundle, measure=False)
         with edgedit.load(bundle) as pipeline:
-
-            def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
-                pictures = []
-                for prompt, seed in zip(prompts, seeds, strict=True):
-                    result = pipeline.generate(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)
-                    pictures.append(np.asarray(result.images[0].convert("RGB")))
-                return pictures
-
-            yield draw
+            yield Draw(pipeline, steps=steps, guidance_scale=guidance_scale)
 
 
 def score(pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> tuple[Tables, list[Score]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
@@ -16,12 +16,21 @@ from edgedit.converters.training.calibration import PROMPTS_FILE
 from edgedit.converters.training.captions import caption
 from edgedit.converters.training.data import training_scenes
 from edgedit.converters.training.loop import load_file, step_rng
-from edgedit.converters.training.teacher import Denoiser, build_transformer
+from edgedit.converters.training.teacher import build_transformer
 from edgedit.converters.training.text_encoder import build_text_encoder
 from edgedit.converters.training.tokens import build_tokenizer, wrap_tokenizer
 
-__all__ = ["build_scheduler", "export_pipeline", "load_autoencoder", "load_denoiser", "load_text_encoder"]
+__all__ = [
+    "TRANSFORMER",
+    "build_scheduler",
+    "export_pipeline",
+    "load_autoencoder",
+    "load_text_encoder",
+    "load_transformer",
+]
 
+TRANSFORMER = "transformer-final.pt"
+"""File of a run: the averaged transformer."""
 FLOW_SHIFT = 5.0
 CALIBRATION_PROMPTS = 1000
 
@@ -58,11 +67,11 @@ def load_text_encoder(path: Path, config: dict[str, Any] | None = None) -> T5Enc
     return text_encoder.eval()
 
 
-def load_denoiser(averaged: dict[str, Tensor], config: dict[str, Any] | None = None) -> Denoiser:
-    """The transformer (float32) with averaged weights."""
-    denoiser = Denoiser(build_transformer(config))
-    _fill(denoiser, averaged, "transformer.pos_embed.pos_embed")
-    return denoiser.eval()
+def load_transformer(path: Path, config: dict[str, Any] | None = None) -> PixArtTransformer2DModel:
+    """The finished transformer (float32) from `TRANSFORMER`."""
+    transformer = build_transformer(config)
+    _fill(transformer, load_file(path)["averaged"], "pos_embed.pos_embed")
+    return transformer.eval()
 
 
 def _name_tokenizer(folder: Path) -> None:
@@ -91,13 +100,12 @@ def export_pipeline(
 
     The configurations are those the run was made with, the module's own when None.
     """
-    averaged = load_file(run_dir / "transformer.pt")["averaged"]
-    denoiser = load_denoiser(averaged, transformer_config)
+    transformer = load_transformer(run_dir / TRANSFORMER, transformer_config)
     pipeline = PixArtSigmaPipeline(
         tokenizer=wrap_tokenizer(build_tokenizer()),
         text_encoder=load_text_encoder(run_dir / "text-encoder-final.pt", text_config).to(torch.float16),
         vae=load_autoencoder(run_dir / "autoencoder-final.pt", autoencoder_config).to(torch.float16),
-        transformer=denoiser.transformer.to(torch.float16),
+        transformer=transformer.to(torch.float16),
         scheduler=build_scheduler(flow_shift),
     )
     temporary = folder.with_name(folder.name + ".tmp")

@@ -67,18 +67,20 @@ def step_rng(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
 def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
     """bfloat16 for matrix products where that is fast; weights, norms and the loss stay float32.
 
-    A processor without matrix instructions for bfloat16 takes two to five times as long as in float32.
+    A processor without instructions for bfloat16 takes two to five times as long as in float32; with those of AVX-512
+    alone (Zen 4, 2 cores) products of the embedded model's shapes take 0.35 and a training step 0.58 of the time.
     """
-    fast = device.type != "cpu" or _has_matrix_bfloat16()
+    fast = device.type != "cpu" or _computes_bfloat16()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and fast)
 
 
 @functools.cache
-def _has_matrix_bfloat16() -> bool:
+def _computes_bfloat16() -> bool:
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def save_file(state: dict[str, Any], path: Path) -> None:

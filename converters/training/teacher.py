@@ -154,11 +154,14 @@ class TeacherStage:
         transformer_config: dict[str, Any] | None = None,
         batch_size: int = 64,
         learning_rate: float = 8e-4,
+        layout_weight: float = LAYOUT_WEIGHT,
         compiled: bool = True,
+        transformer: PixArtTransformer2DModel | None = None,
     ) -> None:
-        """`latents` are (N, 8, 16, 16), zero mean and unit variance, in the order of `scenes`."""
+        """`latents` are (N, 8, 16, 16), zero mean and unit variance, in the order of `scenes`; `transformer` is where
+        training begins, a fresh one by default."""
         torch.manual_seed(seed)
-        transformer = build_transformer(transformer_config)
+        transformer = transformer or build_transformer(transformer_config)
         transformer.set_attn_processor(PlainAttention())
         self.modules: nn.Module = Denoiser(transformer).to(device)
         self._text_encoder = text_encoder.eval().requires_grad_(False).to(device)
@@ -170,7 +173,7 @@ class TeacherStage:
         self._scenes = scenes
         self._seed = seed
         self._device = device
-        self._batch_size = batch_size
+        self._batch_size, self._layout_weight = batch_size, layout_weight
         self._layout = torch.from_numpy(layout_of(scenes, latents.shape[-1] // transformer.config.patch_size))
         self._forward = torch.compile(self.modules) if compiled else self.modules
         self._tokenizer = padding_tokenizer()
@@ -206,4 +209,5 @@ class TeacherStage:
             text = self._text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         with autocast(self._device):
             velocity, logits = self._forward(text, mask, noisy, timestep)
-        return F.mse_loss(velocity.float(), target) + LAYOUT_WEIGHT * layout_loss(logits, layout)
+        loss = F.mse_loss(velocity.float(), target)
+        return loss + self._layout_weight * layout_loss(logits, layout) if self._layout_weight else loss

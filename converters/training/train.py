@@ -1,7 +1,8 @@
 """Trains the embedded model: `python -m edgedit.converters.training.train -o RUNDIR`.
 
 Stages: the autoencoder, its decoder alone on cached latents, the text encoder, then the transformer behind it on the
-same latents. Start the same command again after an interruption and it goes on from the last checkpoint.
+same latents. Start the same command again after an interruption and it goes on from the last checkpoint. `align` trains
+the result on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,17 +18,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
-from edgedit.converters.training.export import export_pipeline, load_autoencoder, load_text_encoder
+from edgedit.converters.training.export import (
+    TRANSFORMER,
+    export_pipeline,
+    load_autoencoder,
+    load_text_encoder,
+)
 from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
 from edgedit.converters.training.teacher import TeacherStage
 from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
 
-__all__ = ["main", "parse_budget", "train_autoencoder", "train_decoder", "train_text_encoder", "train_transformer"]
+__all__ = [
+    "main",
+    "parse_budget",
+    "save_transformer",
+    "train_autoencoder",
+    "train_decoder",
+    "train_text_encoder",
+    "train_transformer",
+]
 
 DEFAULT_BUDGET = 6000.0
 """Seconds."""
@@ -98,16 +114,22 @@ def train_transformer(
     stage = TeacherStage(
         latents, scenes, text_encoder, seed=seed, device=device, batch_size=batch_size, compiled=compiled
     )
-    run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
+    averaged = run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
+    save_transformer(averaged, run_dir / TRANSFORMER)
+
+
+def save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
+    """Writes the transformer's part of a stage's averaged weights."""
+    prefix = "transformer."
+    weights = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
+    save_file({"averaged": weights}, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.train", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUNDIR", help="checkpoints and caches")
-    parser.add_argument(
-        "--stage", choices=("autoencoder", "decoder", "text_encoder", "transformer", "all"), default="all"
-    )
+    parser.add_argument("--stage", choices=(*SHARES, "all"), default="all")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--budget", type=parse_budget, help="training time in all, such as 100m (the default)")
     length.add_argument("--steps", type=int, help="training steps of each stage, instead of a time")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from edgedit.converters.training.calibration import Calibration, embed_prompts, sample_latents
 from edgedit.converters.training.denoisers import Denoiser, Text
 from edgedit.converters.training.loop import load_file, save_file
+from edgedit.converters.training.trajectory import sample_trajectories
 from edgedit.converters.work_folder import WorkFolder
 
 __all__ = ["OnProgress", "Workspace", "digest"]
@@ -83,9 +85,13 @@ class Workspace(WorkFolder):
         seed: int,
         device: torch.device,
         batch_size: int,
+        trajectory_steps: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> Calibration:
-        """Embedded prompts and the teacher's samples for them, made once and kept."""
+        """Embedded prompts and the teacher's samples for them, made once and kept.
+
+        With `trajectory_steps` the points of the trajectories at the levels of so many steps are kept as well.
+        """
 
         def tell(stage: str) -> Callable[[int, int], None] | None:
             return None if on_progress is None else lambda done, total: on_progress(stage, done, total, {})
@@ -97,24 +103,39 @@ class Workspace(WorkFolder):
             save_file(stored, text_path)
         stored = load_file(text_path)
         text, empty = Text(stored["states"], stored["mask"]), Text(stored["no_states"], stored["no_mask"])
+        data = Calibration(text, empty, np.empty((0, *shape), np.float16), guidance_scale, seed, batch_size)
         if not latents_path.exists():
-            latents = sample_latents(
-                denoiser,
-                text,
-                empty,
-                count=count,
-                shape=shape,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                device=device,
-                batch_size=batch_size,
-                on_step=tell("draw samples"),
-            )
+            if trajectory_steps is None:
+                drawn = sample_latents(
+                    denoiser,
+                    text,
+                    empty,
+                    count=count,
+                    shape=shape,
+                    guidance_scale=guidance_scale,
+                    seed=seed,
+                    device=device,
+                    batch_size=batch_size,
+                    on_step=tell("draw samples"),
+                )
+            else:
+                drawn = sample_trajectories(
+                    denoiser,
+                    data,
+                    steps=trajectory_steps,
+                    shape=shape,
+                    count=count,
+                    device=device,
+                    on_step=tell("draw trajectories"),
+                )
             temporary = latents_path.with_suffix(".tmp")
             with temporary.open("wb") as file:
-                np.save(file, latents)
+                np.save(file, drawn)
             temporary.replace(latents_path)
-        return Calibration(text, empty, np.load(latents_path), guidance_scale, seed, batch_size)
+        kept = np.load(latents_path)
+        if trajectory_steps is None:
+            return replace(data, latents=kept)
+        return replace(data, latents=kept[:, -1], states=kept[:, :-1])
 
 
 def digest(text: str) -> str:

@@ -200,7 +200,7 @@ def test_a_workspace_takes_up_its_own_work_only(tmp_path: Path) -> None:
     assert stored is not None
     np.testing.assert_array_equal(stored["x"], np.arange(3))
     assert again.load("codes", "other") is None
-    with pytest.raises(InputError, match="unfinished conversion with other options"):
+    with pytest.raises(InputError, match="unfinished run with other options"):
         Workspace(tmp_path / "a.edgedit", {"dtype": "w3"})
     again.remove()
     assert not again.folder.exists()

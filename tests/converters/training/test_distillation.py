@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 import edgedit
 from edgedit.converters.training.calibration import Calibration, draw_latents, noise_of_samples, sample_latents
 from edgedit.converters.training.denoisers import Denoiser, Text
-from edgedit.converters.training.distill import METHODS
-from edgedit.converters.training.distillation import distill, few_step_schedule
+from edgedit.converters.training.distillation import METHODS, distill, few_step_schedule
 from edgedit.converters.training.trainable import open_trainable
+from edgedit.converters.training.trajectory import sample_trajectories, teacher_levels
 from edgedit.errors import InputError
 
 CPU = torch.device("cpu")
@@ -53,12 +54,15 @@ def known_case(kind: str, method: str) -> Any:
     latents = (SPREAD * torch.randn(64, 4, 8, 8, generator=generator)).numpy().astype(np.float16)
     text = Text(torch.zeros(1, 1, 4), torch.ones(1, 1))
     data = Calibration(text, text, latents, 1.0, 0, 8)
+    if method == "trajectory":
+        points = sample_trajectories(teacher, data, steps=1, shape=(4, 8, 8), count=64, device=CPU)
+        data = replace(data, latents=points[:, -1], states=points[:, :-1])
     return METHODS[method](
         teacher, PixArtTransformer2DModel(kind), data, levels=[1.0], seed=0, device=CPU, batch_size=32
     )
 
 
-@pytest.mark.parametrize("method", ["lcm", "scm"])
+@pytest.mark.parametrize("method", ["lcm", "scm", "trajectory"])
 def test_the_exact_consistency_function_has_less_loss_than_the_teacher(method: str) -> None:
     def mean(stage: Any) -> float:
         with torch.no_grad():
@@ -93,6 +97,17 @@ def test_samples_can_be_drawn_again_from_their_noise() -> None:
     again = draw_latents(model, noise, text, text, guidance_scale=1.0, levels=model.levels(20))
     np.testing.assert_allclose(again.numpy(), latents[[6, 0, 4]].astype(np.float32), atol=2e-3)
     assert np.std(latents.astype(np.float32)) == pytest.approx(SPREAD, rel=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_trajectory_passes_through_the_levels_of_its_student(steps: int, checkpoints: dict[str, Path]) -> None:
+    for checkpoint in checkpoints.values():
+        denoiser = open_trainable(checkpoint).denoiser()
+        levels, where = teacher_levels(denoiser, steps)
+        assert levels[where].tolist() == denoiser.levels(steps)[:-1].tolist()
+        assert len(levels) > 12
+        assert (np.diff(levels) < 0).all()
+        assert levels[-1] == 0
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +154,7 @@ def test_interrupted_and_resumed_gives_the_same_checkpoint(checkpoints: dict[str
 def test_a_consistency_model_also_draws_in_fewer_steps_and_dmd_does_not(checkpoints: dict[str, Path]) -> None:
     teacher = open_trainable(checkpoints["vp"]).denoiser()
     assert few_step_schedule(teacher, "lcm", 4)["timesteps"] == [[999, 749, 500, 250], [999, 500], [999]]
+    assert few_step_schedule(teacher, "trajectory", 4) == few_step_schedule(teacher, "lcm", 4)
     assert few_step_schedule(teacher, "dmd", 4)["timesteps"] == [[999, 749, 500, 250]]
 
 

@@ -11,53 +11,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file as load_safetensors
+from tiny_scenes import TINY_AUTOENCODER, TINY_TEXT, TINY_TRANSFORMER
 
 from edgedit.converters.training import train
 from edgedit.converters.training.autoencoder import AutoencoderStage, encode_mean, pictures_to_tensor, standardise
 from edgedit.converters.training.data import cache_latents, training_scenes
 from edgedit.converters.training.decoder import DecoderStage
 from edgedit.converters.training.evaluate import held_out_prompts, open_model, score
-from edgedit.converters.training.export import CALIBRATION_PROMPTS, export_pipeline
+from edgedit.converters.training.export import CALIBRATION_PROMPTS, TRANSFORMER, export_pipeline
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
 from edgedit.converters.training.teacher import PlainAttention, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
 from edgedit.converters.training.world import is_held_out, render
 
-TINY_AUTOENCODER: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [4, 4, 8, 8],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 2,
-    "sample_size": 128,
-}
-TINY_TEXT: dict[str, Any] = {
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 1,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": False,
-    "use_cache": False,
-}
-TINY_TRANSFORMER: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "cross_attention_dim": 16,
-    "sample_size": 16,
-    "patch_size": 2,
-    "caption_channels": 16,
-    "interpolation_scale": 1,
-    "use_additional_conditions": False,
-}
 CPU = torch.device("cpu")
 
 
@@ -169,7 +135,8 @@ def test_latents_are_cached_and_read_back(tmp_path: Path) -> None:
 
 
 def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    averaged = run_stage(teacher(5), tmp_path, Budget(steps=2), log=lambda line: None)
+    train.save_transformer(averaged, tmp_path / TRANSFORMER)
     torch.manual_seed(1)
     save_file({"averaged": build_text_encoder(TINY_TEXT).state_dict()}, tmp_path / "text-encoder-final.pt")
     tiny = AutoencoderKL(**TINY_AUTOENCODER)
@@ -186,12 +153,14 @@ def test_the_exported_folder_draws_in_diffusers_and_is_scored(tmp_path: Path, mo
     assert type(pipeline).__name__ == "PixArtSigmaPipeline"
     stored = load_safetensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    trained = load_file(tmp_path / "transformer.pt")["averaged"]["transformer.proj_out.bias"]
+    trained = averaged["transformer.proj_out.bias"]
     assert torch.equal(pipeline.transformer.proj_out.bias.data.half(), trained.half())
     assert len((folder / "calibration.txt").read_text().splitlines()) == CALIBRATION_PROMPTS
     prompts = held_out_prompts(3, seed=0)
     with open_model(folder, steps=2, guidance_scale=2.0) as draw:
         pictures = draw([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts])
+        alone = [draw([prompt.text], [prompt.seed])[0] for prompt in prompts]
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, alone, strict=True))
     tables, scores = score(pictures, prompts)
     assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 3
     assert len(scores) == 3
