@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["Predict", "StepState", "StoppedError", "denoise"]
 
 #: (latents as the network takes them, timestep, guided?) → predictions [B, C, H, W] with the prompt and, if guided,
-#: without.
+#: without. May raise StoppedError.
 Predict = Callable[[np.ndarray, float, bool], tuple[np.ndarray, np.ndarray | None]]
 
 
 class StoppedError(EdgeditError):
-    """The step callback returned False. `latents` are those of the last finished step."""
+    """A callback returned False. `latents` are those of the last finished step."""
 
     def __init__(self, latents: np.ndarray) -> None:
-        super().__init__("stopped by the step callback")
+        super().__init__("stopped by a callback")
         self.latents = latents
 
 
@@ -80,7 +80,7 @@ def denoise(
     `guidance_interval` (fractions of the steps); outside it, and at a scale of at most 1, only with.
 
     Raises:
-        StoppedError: `on_step` returned False.
+        StoppedError: `on_step` returned False, or `predict` was stopped.
         EdgeditError: the network's output is not finite.
     """
     total = len(schedule)
@@ -88,7 +88,10 @@ def denoise(
         timestep = schedule.told(i)
         model_input = (latents * np.float32(schedule.input_scale(i))).astype(np.float32, copy=False)
         guided = guidance.active(i, total, guidance_scale, guidance_interval)
-        output, unconditional = predict(model_input, timestep, guided)
+        try:
+            output, unconditional = predict(model_input, timestep, guided)
+        except StoppedError:
+            raise StoppedError(latents) from None
         if unconditional is not None:
             output = guidance.apply(output, unconditional, guidance_scale)
         if not np.isfinite(output).all():

@@ -19,6 +19,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "resolution": (1024.0, 100.0),
     "aspect_ratio": (1.0, 0.1),
     "guidance": (0.45, 0.01),
+    "attention_scale": (1.0, 0.05),
 }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from edgedit import image as images
+from edgedit.attention_scale import INPUT as ATTENTION_SCALE
 from edgedit.bundle import Bundle
 from edgedit.denoise import StepState, StoppedError, denoise
 from edgedit.device import available_memory, cache_dir
@@ -32,7 +33,7 @@ from edgedit.step_cache import CachedTransformer
 from edgedit.text import Tokenizer
 from edgedit.tiling.component import Tiling, choose
 from edgedit.tiling.component import run as run_component
-from edgedit.windows import Windows
+from edgedit.windows import OnWindow, Windows
 
 if TYPE_CHECKING:
     from edgedit.manifest import Latents
@@ -264,7 +265,8 @@ class Pipeline:
             encoder_hidden_states: float32 [B, L, D].
             encoder_attention_mask: float32 [B, L], 1 keep, 0 discard; all ones by default.
             conditions: further inputs that the component's manifest entry lists (`resolution`, `aspect_ratio`,
-                `guidance`); `pos_embed` is computed from the manifest when it is not given.
+                `guidance`); `pos_embed` is computed from the manifest when it is not given, and `attention_scale`,
+                float32 [1], is 1 then.
 
         Raises:
             InputError: shapes that do not fit together, or a condition that this transformer does not take.
@@ -298,6 +300,8 @@ class Pipeline:
             **{name: np.ascontiguousarray(value, np.float32) for name, value in conditions.items()},
         }
         wanted = {spec.name for spec in entry.inputs}
+        if ATTENTION_SCALE in wanted and ATTENTION_SCALE not in inputs:
+            inputs[ATTENTION_SCALE] = np.ones(1, np.float32)
         if "pos_embed" in wanted and "pos_embed" not in inputs:
             positions = self.bundle.manifest.positions
             if positions is None:
@@ -370,6 +374,7 @@ class Pipeline:
         latents: np.ndarray | None = None,
         references: np.ndarray | None = None,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> np.ndarray:
         """Denoise several pictures of one recipe, prompts and seeds aside, in one batch.
 
@@ -387,7 +392,7 @@ class Pipeline:
 
         Raises:
             InputError: embeddings of different lengths, or not one of each for every seed.
-            StoppedError: `on_step` returned False.
+            StoppedError: `on_step` or `on_window` returned False.
         """
         for group in (prompts, negatives if negatives is not None else prompts):
             if len(group) != len(seeds) or len({item.hidden_states.shape for item in group}) != 1:
@@ -407,7 +412,9 @@ class Pipeline:
         else:
             first = first * np.float32(recipe.schedule.init_noise_scale)
         negative = None if negatives is None else join(negatives)
-        return self._denoise(first, join(prompts), negative, recipe, noise, start=start, on_step=on_step)
+        return self._denoise(
+            first, join(prompts), negative, recipe, noise, start=start, on_step=on_step, on_window=on_window
+        )
 
     def _denoise(
         self,
@@ -419,12 +426,16 @@ class Pipeline:
         *,
         start: int = 0,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> np.ndarray:
         manifest, space = self.bundle.manifest, self.latent_space
         guidance = Guidance.from_manifest(manifest.guidance)
         schedule = recipe.schedule
         solver = make_solver(schedule.sampler, schedule)
         conditions = self._conditions(recipe, guidance)
+        shared: dict[str, np.ndarray] = {}
+        if recipe.attention_scale != 1:
+            shared[ATTENTION_SCALE] = np.array([recipe.attention_scale], np.float32)
         windows = self._windows(recipe)
         seen = latents.shape[2:] if windows is None else [min(windows.side, side) for side in latents.shape[2:]]
         together = self._guides_together(seen[0] * seen[1] // space.patch_size**2)
@@ -435,14 +446,14 @@ class Pipeline:
             self.free("transformer")
 
         def one(x: np.ndarray, t: float, states: np.ndarray, mask: np.ndarray, *branches: str) -> np.ndarray:
-            extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()}
+            extra = {k: np.repeat(v, len(x), axis=0) for k, v in conditions.items()} | shared
 
             def ask(part: np.ndarray) -> np.ndarray:
                 inputs = self._inputs(part, t, states, mask, extra)
                 out = self._session("transformer").run(inputs) if cached is None else cached.run(inputs, branches)
                 return out["prediction"][:, : space.channels]
 
-            return ask(x) if windows is None else windows.blend(ask, x)
+            return ask(x) if windows is None else windows.blend(ask, x, on_window)
 
         def predict(x: np.ndarray, t: float, guided: bool) -> tuple[np.ndarray, np.ndarray | None]:
             guided = guided and negative is not None
@@ -664,9 +675,11 @@ class Pipeline:
         step_cache: str | None = None,
         denoise_tile: int | None = None,
         denoise_overlap: int | None = None,
+        attention_scale: float | str | None = None,
         tiling: Tiling | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
+        on_window: OnWindow | None = None,
     ) -> Result:
         """Draw `prompt` once a seed. What is left out comes from the manifest's recommendation.
 
@@ -682,10 +695,13 @@ class Pipeline:
             denoise_tile: side in pixels of overlapping windows in which a picture larger than the model draws is
                 denoised (`edgedit.windows`); the prompt speaks to every window.
             denoise_overlap: least pixels by which they overlap, half of the side by default.
+            attention_scale: what the scores of self-attention are multiplied by; "entropy" (`edgedit.attention_scale`),
+                the default where the model can, is 1 at the sizes that it was trained at.
             tiling: how the picture is decoded; by default whole where that fits the free memory, else in exact tiles.
                 Its memory limit holds for encoding `image` too.
             decode: False returns latents and no pictures.
             on_step: called after each network evaluation; returning False stops the run.
+            on_window: the same after each window of `denoise_tile`, with (windows done, windows in all).
 
         Raises:
             InputError: a setting that this model cannot honour, named.
@@ -708,6 +724,7 @@ class Pipeline:
             step_cache=step_cache,
             denoise_tile=denoise_tile,
             denoise_overlap=denoise_overlap,
+            attention_scale=attention_scale,
         )
         seeds = _seeds(seed)
         start_latents = None if latents is None else self._start_latents(latents, recipe)
@@ -740,6 +757,7 @@ class Pipeline:
                         latents=start_latents,
                         references=reference,
                         on_step=callback,
+                        on_window=on_window,
                     )
                 )
             except StoppedError:

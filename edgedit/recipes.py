@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgedit.attention_scale import resolve_scale
 from edgedit.errors import BundleError, InputError
 from edgedit.noise import KINDS
 from edgedit.sampler_names import resolve_sampler
@@ -29,7 +30,7 @@ class Recipe:
     """Settings of a run, complete and valid for one bundle. `width` and `height` are pixels.
 
     `denoise_tile` is the side, and `denoise_overlap` the least overlap, of the windows in which the picture is
-    denoised, in pixels; None for the picture as a whole.
+    denoised, in pixels; None for the picture as a whole. `attention_scale` multiplies the scores of self-attention.
     """
 
     prompt: str
@@ -48,6 +49,7 @@ class Recipe:
     step_cache: StepCache | None = None
     denoise_tile: int | None = None
     denoise_overlap: int | None = None
+    attention_scale: float = 1.0
 
     @classmethod
     def resolve(
@@ -70,6 +72,7 @@ class Recipe:
         step_cache: str | None = None,
         denoise_tile: int | None = None,
         denoise_overlap: int | None = None,
+        attention_scale: float | str | None = None,
     ) -> Recipe:
         """Fill what is None from the manifest and check the rest.
 
@@ -130,6 +133,9 @@ class Recipe:
             step_cache=cache,
             denoise_tile=tile,
             denoise_overlap=overlap,
+            attention_scale=resolve_scale(
+                attention_scale, manifest, seen[1] * space.scale_factor, seen[0] * space.scale_factor
+            ),
         )
 
     def as_dict(self, bundle: Bundle, *, seed: int, runtime: Mapping[str, str]) -> dict[str, Any]:
@@ -160,6 +166,8 @@ class Recipe:
         used: dict[str, Any] = {} if self.step_cache is None else {"step_cache": str(self.step_cache)}
         if self.denoise_tile is not None:
             used |= {"denoise_tile": self.denoise_tile, "denoise_overlap": self.denoise_overlap}
+        if self.attention_scale != 1:
+            used["attention_scale"] = self.attention_scale
         return used
 
 

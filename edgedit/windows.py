@@ -15,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Windows"]
+from edgedit.denoise import StoppedError
+
+__all__ = ["OnWindow", "Windows"]
 
 Floats = npt.NDArray[np.float32]
+#: Called with (windows done, windows in all) of one evaluation of the network; returning False stops the run.
+OnWindow = Callable[[int, int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class Windows:
             for left in self.starts(width):
                 yield slice(top, top + tall), slice(left, left + wide)
 
-    def blend(self, predict: Callable[[Floats], Floats], latents: Floats) -> Floats:
+    def blend(self, predict: Callable[[Floats], Floats], latents: Floats, on_window: OnWindow | None = None) -> Floats:
         """`predict` asked about every window of `latents` [B, C, H, W], and its answers averaged by their weights.
 
-        One window gives what `predict` gives for the whole, to the bit.
+        One window gives what `predict` gives for the whole, to the bit. Raises StoppedError when `on_window` returned
+        False.
         """
         height, width = latents.shape[2:]
         places = list(self.places(height, width))
@@ -66,10 +71,12 @@ class Windows:
         for rows, columns in places:
             total[rows, columns] += weight
         result: Floats | None = None
-        for rows, columns in places:
+        for done, (rows, columns) in enumerate(places, 1):
             answer = predict(np.ascontiguousarray(latents[:, :, rows, columns]))
             if result is None:
                 result = np.zeros((*answer.shape[:2], height, width), np.float32)
             result[:, :, rows, columns] += answer * (weight / total[rows, columns])
+            if on_window is not None and on_window(done, len(places)) is False:
+                raise StoppedError(latents)
         assert result is not None
         return result

@@ -176,6 +176,10 @@ def _size(field: str, value: object) -> tuple[int, int]:
     return int(columns), int(rows)
 
 
+def _scale(field: str, value: object) -> float | str:
+    return _text(field, value) if isinstance(value, str) else _number(field, value)
+
+
 def _metadata(field: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise MistakeError(field, f"must be an object, not {_shown(value)}")
@@ -214,13 +218,18 @@ FIELDS: Mapping[str, Callable[[str, object], Any]] = {
     "image": _text,
     "strength": _number,
     "step_cache": _text,
+    "attention_scale": _scale,
     "latents": _text,
     "metadata": _metadata,
 }
 _SETTINGS = (
     *("width", "height", "steps", "guidance_scale", "guidance_interval"),
-    *("sampler", "sigmas", "rng", "strength", "step_cache"),
+    *("sampler", "sigmas", "rng", "strength", "step_cache", "attention_scale"),
 )
+
+
+#: Fields that say the same thing.
+_SAME = (("seed", "seeds"), ("size", "width"), ("size", "height"), ("steps", "sigmas"))
 
 
 def parse_job(raw: Mapping[str, object], folder: Path) -> Job:
@@ -242,7 +251,7 @@ def parse_job(raw: Mapping[str, object], folder: Path) -> Job:
         raise MistakeError("prompt", "is missing")
     if not values["prompt"].strip():
         raise MistakeError("prompt", "is empty")
-    for one, other in (("seed", "seeds"), ("size", "width"), ("size", "height"), ("steps", "sigmas")):
+    for one, other in _SAME if len(values) > 2 else ():
         if one in values and other in values:
             raise MistakeError(other, f"says the same as {one}; give one of them")
     if "image" in values and "latents" in values:

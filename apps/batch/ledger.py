@@ -119,9 +119,12 @@ class Ledger:
         self.meta.update(values)
 
     def counts(self) -> Counts:
-        """Pictures by state."""
-        found = dict(self.rows("SELECT state, count(*) FROM pictures GROUP BY state"))
-        return Counts(*(found.get(state, 0) for state in (PENDING, RUNNING, DONE, FAILED)))
+        """Pictures by state. Only the indexes of what is not done are read: the table may have a million rows."""
+        query = ", ".join(
+            f"(SELECT count(*) FROM pictures WHERE state = {state})" for state in (PENDING, RUNNING, FAILED)
+        )
+        pending, running, failed = next(self.rows(f"SELECT {query}"))
+        return Counts(pending, running, self.meta["pictures"] - pending - running - failed, failed)
 
     def has_work(self) -> bool:
         """Whether a picture is pending."""

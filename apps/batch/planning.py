@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ from edgedit.apps.batch.naming import NameTemplate, path_key
 from edgedit.apps.batch.recipe_book import RecipeBook
 from edgedit.bundle import Bundle
 from edgedit.errors import InputError
+from edgedit.recipes import Recipe
 
 __all__ = ["PlannedJob", "PlannedPicture", "Shard", "canonical", "plan"]
 
 #: Longest path below the output folder, in bytes of UTF-8, and longest part of one.
 LONGEST_PATH, LONGEST_PART = 900, 250
+#: Sets of settings whose group is looked up by what the job says.
+MOST_GIVEN = 4096
 #: Names in the output folder that the batch itself writes.
 _OWN_NAMES = ("index.jsonl", "index.parquet", "report.html")
 
@@ -71,27 +73,28 @@ class PlannedJob:
 
 def canonical(value: object) -> str:
     """`value` as JSON, the same text for the same value."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 class _Planner:
     """Names and numbers given so far. A 64-bit hash stands for each id and path: a million of either take 0.1 GB."""
 
-    def __init__(self, bundle: Bundle, template: NameTemplate) -> None:
-        self.book, self.template, self.several = RecipeBook(bundle), template, template.for_several_seeds()
+    def __init__(self, bundle: Bundle, template: NameTemplate, *, force_size: bool) -> None:
+        self.book = RecipeBook(bundle, force_size=force_size)
+        self.template, self.several = template, template.for_several_seeds()
         self.ids: dict[int, int] = {}
         self.paths: dict[int, int] = {}
         self.groups: dict[tuple[object, ...], int] = {}
+        self.given: dict[tuple[object, ...], int] = {}
         self.jobs = self.pictures = 0
 
     def add(self, line: int, job: Job) -> PlannedJob:
         recipe = self.book.check(job)
         identity = job.id if job.id is not None else f"{line:08d}"
-        key = _hash(path_key(identity))
+        key = hash(path_key(identity))
         if key in self.ids:
             raise MistakeError("id", f"{identity!r} is already that of line {self.ids[key]}; ids must differ")
         seeds = job.seeds or (seed_of(identity, job.prompt),)
@@ -103,22 +106,32 @@ class _Planner:
         taken: dict[int, int] = {}
         for picture in pictures:
             _check_path(picture.path)
-            place = _hash(path_key(picture.path))
+            place = hash(path_key(picture.path))
             if place in self.paths or place in taken:
                 other = self.paths.get(place, line)
                 raise MistakeError("id", f"its picture would be {picture.path}, and so would that of line {other}")
             taken[place] = line
         self.ids[key] = line
         self.paths.update(taken)
-        settings = (
-            *(recipe.width, recipe.height, recipe.steps, recipe.sampler, recipe.sigmas, recipe.guidance_scale),
-            *(recipe.guidance_interval, recipe.rng, recipe.strength, recipe.step_cache, job.latents is not None),
-        )
-        group = self.groups.setdefault(settings, len(self.groups))
+        group = self._group(job, recipe)
         planned = PlannedJob(self.jobs, line, identity, canonical(job.spec()), group, pictures)
         self.jobs += 1
         self.pictures += len(pictures)
         return planned
+
+    def _group(self, job: Job, recipe: Recipe) -> int:
+        given = (job.settings, job.image is None, job.latents is None)
+        group = self.given.get(given)
+        if group is None:
+            settings = (
+                *(recipe.width, recipe.height, recipe.steps, recipe.sampler, recipe.sigmas, recipe.guidance_scale),
+                *(recipe.guidance_interval, recipe.rng, recipe.strength, recipe.step_cache, job.latents is not None),
+                recipe.attention_scale,
+            )
+            group = self.groups.setdefault(settings, len(self.groups))
+            if len(self.given) < MOST_GIVEN:
+                self.given[given] = group
+        return group
 
     def skip(self) -> None:
         """A line that cannot be used keeps a number, so that nothing else is renamed when it is mended later."""
@@ -136,14 +149,22 @@ def _check_path(path: str) -> None:
 
 
 def plan(
-    path: Path, kind: str, bundle: Bundle, template: NameTemplate, *, folder: Path, shard: Shard | None = None
+    path: Path,
+    kind: str,
+    bundle: Bundle,
+    template: NameTemplate,
+    *,
+    folder: Path,
+    shard: Shard | None = None,
+    force_size: bool = False,
 ) -> Iterator[PlannedJob | Mistake]:
     """Every line of a job file as a planned job (those of other shards are checked and left out) or a mistake.
 
     Args:
         folder: what paths in the jobs are relative to.
+        force_size: take sizes that the model was not made for.
     """
-    planner = _Planner(bundle, template)
+    planner = _Planner(bundle, template, force_size=force_size)
     for line, fields in read_jobs(path, kind):
         try:
             if isinstance(fields, Mistake):

@@ -12,6 +12,7 @@ from edgedit.bundle import Bundle
 from edgedit.errors import EdgeditError, InputError
 from edgedit.guidance import Guidance
 from edgedit.recipes import Recipe
+from edgedit.sizes import check_size
 
 __all__ = ["RecipeBook"]
 
@@ -22,12 +23,17 @@ Settings = tuple[tuple[str, Any], ...]
 
 
 class RecipeBook:
-    """Resolves the settings of jobs and gives each set of them a number."""
+    """Resolves the settings of jobs.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    `force_size`: let `check` pass sizes that the model was not made for.
+    """
+
+    def __init__(self, bundle: Bundle, *, force_size: bool = False) -> None:
+        best = bundle.manifest.recommended
+        self.bundle, self._sizes = bundle, () if force_size or best is None else best.sizes
         self.guidance = Guidance.from_manifest(bundle.manifest.guidance)
         self._recipes: dict[tuple[Settings, str | None, str], Recipe] = {}
+        self._good: dict[Settings, Recipe] = {}
         self._images: dict[str, str | None] = {}
 
     def recipe(self, spec: Mapping[str, Any]) -> Recipe:
@@ -44,11 +50,16 @@ class RecipeBook:
     def check(self, job: Job) -> Recipe:
         """The job's recipe, its prompt left out. Raises MistakeError that names the field at fault."""
         start = "image" if job.image is not None else "latents" if job.latents is not None else ""
+        plain = not start and job.negative_prompt is None
+        if plain and job.settings in self._good:
+            return self._good[job.settings]
         settings = tuple(sorted(job.settings))
         try:
             recipe = self._resolve(settings, job.negative_prompt, start)
         except InputError as error:
             raise MistakeError(self._blame(settings, job.negative_prompt, start), str(error)) from None
+        if self._sizes and (recipe.width, recipe.height) not in self._sizes:
+            self._refuse_size(settings, recipe)
         guided = self.guidance.needs_negative(recipe.guidance_scale)
         best = self.bundle.manifest.recommended
         if (
@@ -69,7 +80,16 @@ class RecipeBook:
             self._check_image(job.image)
         if job.latents is not None:
             _check_latents(job.latents, recipe)
+        if plain and len(self._good) < LARGEST:
+            self._good[job.settings] = recipe
         return recipe
+
+    def _refuse_size(self, settings: Settings, recipe: Recipe) -> None:
+        named = [name for name, _ in settings if name in ("width", "height")]
+        try:
+            check_size(self._sizes, recipe.width, recipe.height)
+        except InputError as error:
+            raise MistakeError(named[0] if len(named) == 1 else "size", str(error)) from None
 
     def _resolve(self, settings: Settings, negative: str | None, start: str) -> Recipe:
         # Negative prompts are many and all alike to the resolver, but for being there.
@@ -78,7 +98,10 @@ class RecipeBook:
             if len(self._recipes) >= LARGEST:
                 self._recipes.clear()
             values = dict(settings)
-            names = ("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache")
+            names = (
+                *("steps", "width", "height", "guidance_scale", "sampler", "sigmas", "strength", "step_cache"),
+                "attention_scale",
+            )
             self._recipes[key] = Recipe.resolve(
                 self.bundle,
                 prompt="",

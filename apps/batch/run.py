@@ -60,6 +60,7 @@ class BatchRequest:
     jobs_format: str | None = None
     name: str | None = None
     skip_invalid: bool = False
+    force_size: bool = False
     shard: Shard | None = None
     join: bool = False
     workers: int | None = None
@@ -218,10 +219,11 @@ def _begin(request: BatchRequest, places: Places, jobs: Path, folder: Path, dige
         "backend": request.backend,
         "providers": list(request.providers),
         "decoder": request.decoder or "full",
+        "force_size": request.force_size,
         "index_bytes": 0,
         "created": time.time(),
     }
-    planned = plan(jobs, kind, bundle, template, folder=folder, shard=request.shard)
+    planned = plan(jobs, kind, bundle, template, folder=folder, shard=request.shard, force_size=request.force_size)
     mistakes = create(places.ledger, meta, planned, skip_invalid=request.skip_invalid, on_line=reporter.reading)
     if mistakes and not request.skip_invalid:
         raise _refusal(request, mistakes)
@@ -301,7 +303,14 @@ def _grow(request: BatchRequest, ledger: Ledger, jobs: Path, folder: Path, diges
         bundle = _bundle_of(ledger, request)
         shard = None if ledger.meta["shard"] is None else Shard.parse(ledger.meta["shard"])
         planned: Iterable[PlannedJob | Mistake] = plan(
-            jobs, _kind(request, jobs), bundle, NameTemplate(ledger.meta["name"]), folder=folder, shard=shard
+            jobs,
+            _kind(request, jobs),
+            bundle,
+            NameTemplate(ledger.meta["name"]),
+            folder=folder,
+            shard=shard,
+            # What was let in once stays in; ledgers of earlier versions let every size in.
+            force_size=request.force_size or ledger.meta.get("force_size", True),
         )
         mistakes = grow(ledger, planned, digest, skip_invalid=request.skip_invalid, on_line=reporter.reading)
         if mistakes and not request.skip_invalid:

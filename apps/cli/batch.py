@@ -97,6 +97,9 @@ def run(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave out lines with mistakes.", rich_help_panel=WORK)
     ] = False,
+    force_size: Annotated[
+        bool, typer.Option("--force-size", help="Draw sizes that the model was not made for.", rich_help_panel=WORK)
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the jobs and make the ledger; draw nothing.", rich_help_panel=WORK)
     ] = False,
@@ -178,6 +181,7 @@ def run(
         jobs_format=jobs_format,
         name=name,
         skip_invalid=skip_invalid,
+        force_size=force_size,
         shard=None if shard is None else Shard.parse(shard),
         join=join,
         workers=workers,

@@ -44,7 +44,7 @@ def draw(request: Request, progress: Progress, *, verbose: bool = False) -> None
     start = Start.read(request.image, request.latents_in)
     if request.preview is not None:
         request = replace(request, preview=plan_outputs(str(request.preview), request.seeds[:1])[0])
-    with progress, Interrupt() as interrupt:
+    with progress, Interrupt("this step" if request.denoise_tile is None else "this window") as interrupt:
         with edgedit.load(
             find_bundle(request.model or "builtin", offline=request.offline),
             request.backend,
@@ -124,6 +124,7 @@ class Run:
             "step_cache": request.step_cache,
             "denoise_tile": request.denoise_tile,
             "denoise_overlap": request.denoise_overlap,
+            "attention_scale": request.attention_scale,
         }
         self.recipe: Recipe = Recipe.resolve(
             self.pipe.bundle,
@@ -238,6 +239,7 @@ class Run:
             image=self.start.image,
             latents=self.start.latents,
             on_step=self.step,
+            on_window=lambda done, total: not self.interrupt.requested,
             tiling=self.tiling,
             decode=False,
             **self.settings,

@@ -86,6 +86,15 @@ DenoiseOverlap = Annotated[
         rich_help_panel=PICTURE,
     ),
 ]
+AttentionScale = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FACTOR",
+        help="Scale of the self-attention's scores: entropy, or a number; 1 is as trained.",
+        show_default="entropy, where the model can",
+        rich_help_panel=PICTURE,
+    ),
+]
 GuidanceScale = Annotated[
     float | None,
     typer.Option(

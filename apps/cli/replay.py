@@ -59,6 +59,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "decoder": ("a text", _is_text),
     "denoise_tile": ("a whole number", _is_whole),
     "denoise_overlap": ("a whole number", _is_whole),
+    "attention_scale": ("a number", _is_number),
     "image": ("a path with its hash", _is_file),
     "latents": ("a path with its hash", _is_file),
     "model": ("a text", _is_text),
@@ -105,6 +106,9 @@ class Replay:
             changes.pop("strength", None)
         elif request.image is None:
             changes |= {"image": self._file("image", "--image"), "latents_in": self._file("latents", "--latents-in")}
+        if request.attention_scale is None and request.aspect is None and not _resized(request):
+            # A recipe that names no scale was drawn with that of training.
+            changes["attention_scale"] = str(self.recipe.get("attention_scale", 1.0))
         if request.model is None:
             changes["model"] = self.find_model()
         if request.aspect is not None:
@@ -151,6 +155,11 @@ class Replay:
         if file_hash(path) != entry["sha256"]:
             raise InputError(f"{self.path}: was drawn from {path}, which has changed since; pass {flag} to use it now")
         return path
+
+
+def _resized(request: Request) -> bool:
+    """Whether another size is asked for than that of the picture that is drawn again."""
+    return any(value is not None for value in (request.width, request.height, request.denoise_tile))
 
 
 def load_replay(path: Path) -> Replay:

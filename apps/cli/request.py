@@ -43,6 +43,7 @@ class Request:
     force_size: bool = False
     denoise_tile: int | None = None
     denoise_overlap: int | None = None
+    attention_scale: str | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None

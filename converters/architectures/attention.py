@@ -130,7 +130,7 @@ class SoftmaxAttention(Attention):
     """diffusers' Attention of a map of tokens to itself: every token to every other."""
 
     def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:  # type: ignore[override]
-        return super().forward(op, x, x)
+        return super().forward(op, x, x, scaled=grid.scaled)
 
 
 class LinearAttention(SelfAttention):
@@ -238,7 +238,8 @@ class KVCompressedAttention(SelfAttention):
     def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:
         k = self._compress(op, self._key(op, x), grid)
         v = self._compress(op, self.to_v(op, x), grid)
-        y = op.Attention(self._query(op, x), k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
+        q = grid.scaled(op, self._query(op, x))
+        y = op.Attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
         return self.to_out[0](op, y)
 
     def _compress(self, op: Op, x: Value, grid: TokenGrid) -> Value:

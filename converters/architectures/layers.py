@@ -7,7 +7,7 @@ Shapes: tokens are [B, N, C], maps are [B, C, H, W].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,8 @@ class Attention(nn.Module):
     """Softmax attention as in diffusers' Attention: to_q, to_k, to_v, to_out.0, optional norms of query and key.
 
     x [B, N, width], context [B, L, context_width]; bias broadcasts to [B, heads, N, L]. The scale is 1/sqrt(head_dim).
-    `norm_q`/`norm_k` are modules over the whole inner width (applied before heads are split) or None.
+    `norm_q`/`norm_k` are modules over the whole inner width (applied before heads are split) or None; `scaled` is the
+    last thing that is done to the queries.
     """
 
     def __init__(
@@ -230,10 +231,19 @@ class Attention(nn.Module):
         self.normalised = norm_q is not None
         self.heads = heads
 
-    def forward(self, op: Op, x: Value, context: Value, bias: Value | None = None) -> Value:
+    def forward(
+        self,
+        op: Op,
+        x: Value,
+        context: Value,
+        bias: Value | None = None,
+        scaled: Callable[[Op, Value], Value] | None = None,
+    ) -> Value:
         q, k, v = self.to_q(op, x), self.to_k(op, context), self.to_v(op, context)
         if self.normalised:
             q, k = self.norm_q(op, q), self.norm_k(op, k)
+        if scaled is not None:
+            q = scaled(op, q)
         inputs = [q, k, v] if bias is None else [q, k, v, bias]
         y = op.Attention(*inputs, q_num_heads=self.heads, kv_num_heads=self.heads)
         return self.to_out[0](op, y)

@@ -19,9 +19,18 @@ from edgedit.converters.architectures.attention import (
 from edgedit.converters.architectures.layers import Module
 from edgedit.converters.architectures.local_attention import LocalAttention
 from edgedit.converters.architectures.proxy_attention import ProxyAttention
+from edgedit.converters.graph import TensorSpec
 from edgedit.errors import ConversionError
 
-__all__ = ["OPERATORS", "SOFTMAX", "Operator", "describe_operators", "operators_of", "self_attention"]
+__all__ = [
+    "OPERATORS",
+    "SOFTMAX",
+    "Operator",
+    "attention_scale_input",
+    "describe_operators",
+    "operators_of",
+    "self_attention",
+]
 
 
 def _whole(value: object, minimum: int = 1) -> bool:
@@ -59,12 +68,21 @@ OPERATORS: Mapping[str, Mapping[str, _Option]] = {
 }
 
 
+#: Operators whose softmax is over the more keys the larger the map is.
+_GLOBAL_SOFTMAX = frozenset(["softmax", "kv", "proxy"])
+
+
 @dataclass(frozen=True)
 class Operator:
     """One of `OPERATORS` with all its options."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether it multiplies its scores by the grid's `attention_scale`."""
+        return self.name in _GLOBAL_SOFTMAX
 
 
 SOFTMAX = Operator("softmax")
@@ -135,6 +153,11 @@ def describe_operators(operators: Sequence[Operator]) -> list[dict[str, Any]]:
         else:
             same.append(layer)
     return [{"operator": operator.name, **operator.options, "layers": layers} for operator, layers in found]
+
+
+def attention_scale_input(operators: Sequence[Operator]) -> tuple[TensorSpec, ...]:
+    """The graph input that grows softmax scores with the picture; none where no block has a softmax over the map."""
+    return (TensorSpec("attention_scale", "float32", (1,)),) if any(o.takes_scale for o in operators) else ()
 
 
 def self_attention(

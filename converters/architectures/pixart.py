@@ -36,7 +36,13 @@ from edgedit.converters.architectures.layers import (
     padding_bias,
     spatial_shape,
 )
-from edgedit.converters.architectures.operators import Operator, describe_operators, operators_of, self_attention
+from edgedit.converters.architectures.operators import (
+    Operator,
+    attention_scale_input,
+    describe_operators,
+    operators_of,
+    self_attention,
+)
 from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.errors import ConversionError
@@ -125,6 +131,7 @@ class PixArtTransformer(Module):
         super().__init__()
         width, self.patch_size = c["num_attention_heads"] * c["attention_head_dim"], c["patch_size"]
         self.out_channels = c["out_channels"]
+        self.takes_scale = any(operator.takes_scale for operator in operators)
         self.pos_embed = PatchEmbed(c["in_channels"], width, self.patch_size)
         self.adaln_single = AdaLayerNormSingle(width, size_conditions=c["use_additional_conditions"])
         self.projects_caption = c["caption_channels"] is not None
@@ -143,9 +150,11 @@ class PixArtTransformer(Module):
         encoder_hidden_states: Value,
         encoder_attention_mask: Value,
         pos_embed: Value,
-        resolution: Value | None = None,
-        aspect_ratio: Value | None = None,
+        *optional: Value,
     ) -> Value:
+        given = iter(optional)
+        attention_scale = next(given) if self.takes_scale else None
+        resolution, aspect_ratio = next(given, None), next(given, None)
         size = spatial_shape(op, latents)
         grid = op.Div(size, int64s(op, self.patch_size))
         x = self.pos_embed(op, latents, pos_embed)
@@ -154,7 +163,7 @@ class PixArtTransformer(Module):
         if self.projects_caption:
             text = self.caption_projection(op, text)
         text_bias = padding_bias(op, encoder_attention_mask, x)
-        tokens = TokenGrid(grid)
+        tokens = TokenGrid(grid, attention_scale)
         for block in self.transformer_blocks:
             x = block(op, x, text, text_bias, modulation, tokens)
         shift, scale = table_rows(op, self.scale_shift_table, op.Unsqueeze(embedded, int64s(op, 1)), 2)
@@ -205,9 +214,9 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
     operators = operators_of(c["self_attention"], layers, width, compressed)
     positions = sincos_positions(width, c["sample_size"], c["patch_size"], c["interpolation_scale"])
     text_channels = c["cross_attention_dim"] if c["caption_channels"] is None else c["caption_channels"]
-    conditions: tuple[TensorSpec, ...] = ()
+    conditions = attention_scale_input(operators)
     if c["use_additional_conditions"]:
-        conditions = (
+        conditions += (
             TensorSpec("resolution", "float32", ("batch", 2)),
             TensorSpec("aspect_ratio", "float32", ("batch", 1)),
         )

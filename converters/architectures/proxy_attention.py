@@ -29,11 +29,11 @@ class ProxyAttention(SelfAttention):
 
     def forward(self, op: Op, x: Value, grid: TokenGrid) -> Value:
         proxies = self._means(op, x, grid)
-        proxies = op.Add(proxies, self._attend(op, proxies, proxies))
-        return self._attend(op, x, proxies)
+        proxies = op.Add(proxies, self._attend(op, proxies, proxies, grid))
+        return self._attend(op, x, proxies, grid)
 
-    def _attend(self, op: Op, x: Value, context: Value) -> Value:
-        q, k, v = self._query(op, x), self._key(op, context), self.to_v(op, context)
+    def _attend(self, op: Op, x: Value, context: Value, grid: TokenGrid) -> Value:
+        q, k, v = grid.scaled(op, self._query(op, x)), self._key(op, context), self.to_v(op, context)
         return self.to_out[0](op, op.Attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads))
 
     def _means(self, op: Op, x: Value, grid: TokenGrid) -> Value:

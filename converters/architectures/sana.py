@@ -42,7 +42,13 @@ from edgedit.converters.architectures.layers import (
     timestep_sinusoid,
     tokens_to_map,
 )
-from edgedit.converters.architectures.operators import Operator, describe_operators, operators_of, self_attention
+from edgedit.converters.architectures.operators import (
+    Operator,
+    attention_scale_input,
+    describe_operators,
+    operators_of,
+    self_attention,
+)
 from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.converters.graph import Component, TensorSpec
 from edgedit.errors import ConversionError
@@ -154,6 +160,7 @@ class SanaTransformer(Module):
         width, self.patch_size = c["num_attention_heads"] * c["attention_head_dim"], c["patch_size"]
         self.out_channels, self.guided = c["out_channels"], c["guidance_embeds"]
         self.has_positions = c["interpolation_scale"] is not None
+        self.takes_scale = any(operator.takes_scale for operator in operators)
         self.patch_embed = PatchEmbed(c["in_channels"], width, self.patch_size)
         self.time_embed: Module = GuidedTimeEmbedding(width) if self.guided else AdaLayerNormSingle(width)
         self.caption_projection = TextProjection(c["caption_channels"], width)
@@ -174,6 +181,7 @@ class SanaTransformer(Module):
     ) -> Value:
         given = iter(optional)
         pos_embed = next(given) if self.has_positions else None
+        attention_scale = next(given) if self.takes_scale else None
         conditions = [timestep, next(given)] if self.guided else [timestep]
         size = spatial_shape(op, latents)
         grid = op.Div(size, int64s(op, self.patch_size)) if self.patch_size > 1 else size
@@ -181,7 +189,7 @@ class SanaTransformer(Module):
         modulation, embedded = self.time_embed(op, *conditions)
         text = self.caption_norm(op, self.caption_projection(op, encoder_hidden_states))
         text_bias = padding_bias(op, encoder_attention_mask, x)
-        tokens = TokenGrid(grid)
+        tokens = TokenGrid(grid, attention_scale)
         for block in self.transformer_blocks:
             x = block(op, x, text, text_bias, modulation, tokens)
         shift, scale = table_rows(op, self.scale_shift_table, op.Unsqueeze(embedded, int64s(op, 1)), 2)
@@ -219,7 +227,9 @@ def build_transformer(config: Mapping[str, Any]) -> Component:
     positions = None
     if c["interpolation_scale"] is not None:
         positions = sincos_positions(width, c["sample_size"], c["patch_size"], c["interpolation_scale"])
-    conditions = (TensorSpec("guidance", "float32", ("batch",)),) if c["guidance_embeds"] else ()
+    conditions = attention_scale_input(operators)
+    if c["guidance_embeds"]:
+        conditions += (TensorSpec("guidance", "float32", ("batch",)),)
     return Component(
         name="transformer",
         architecture="SanaTransformer2DModel",

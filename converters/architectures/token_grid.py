@@ -13,11 +13,19 @@ T = TypeVar("T")
 
 
 class TokenGrid:
-    """`size` [H, W], int64. Tokens are in rows: token y · W + x lies at (y, x)."""
+    """`size` [H, W], int64. Tokens are in rows: token y · W + x lies at (y, x).
 
-    def __init__(self, size: Value) -> None:
-        self.size = size
+    `attention_scale`, float32 [1] or None: what softmax attention over the map multiplies its scores by, because their
+    number changes with the size (`edgedit.attention_scale`).
+    """
+
+    def __init__(self, size: Value, attention_scale: Value | None = None) -> None:
+        self.size, self.attention_scale = size, attention_scale
         self._derived: dict[Hashable, object] = {}
+
+    def scaled(self, op: Op, query: Value) -> Value:
+        """Queries that give scores times `attention_scale`; a factor of 1 leaves every bit as it is."""
+        return query if self.attention_scale is None else op.Mul(query, self.attention_scale)
 
     def side(self, op: Op, axis: int) -> Value:
         """H (axis 0) or W (axis 1), an int64 scalar."""

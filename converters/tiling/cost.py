@@ -9,17 +9,11 @@ from fractions import Fraction
 
 import onnx_ir as ir
 
+from edgedit.converters.tiling.kernels import Array, kernel_steps, weight_shape
 from edgedit.converters.tiling.positions import Kind, Layout
 
 __all__ = ["Cost", "cost_of"]
 
-#: Operators that ONNX Runtime does within the convolution before.
-_FUSED = frozenset(["Add", "Relu"])
-#: Operators that write over an input that is not needed any more, where its shape is known to be that of the output: up
-#: to the first convolution or resampling, behind which sizes that vary have no names.
-_IN_PLACE = frozenset("Add Clip Div Gelu Mul Neg Relu Sigmoid Sqrt Sub Tanh".split())
-#: Operators whose output is their input's memory under another shape.
-_ALIASES = frozenset("Identity Reshape Squeeze Unsqueeze".split())
 _FLOAT = 4
 
 
@@ -32,9 +26,18 @@ class Cost:
 
 
 def cost_of(
-    nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], layouts: Mapping[ir.Value, Layout], at: Fraction
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    layouts: Mapping[ir.Value, Layout],
+    at: Fraction,
+    *,
+    frees: bool = True,
 ) -> Cost:
-    """The cost of running `nodes` in order, where values are freed after their last use. `at` is the input's scale."""
+    """The cost of running `nodes` in order, where values are freed after their last use. `at` is the input's scale.
+
+    What nothing reads, as two of three parts of a Split, is never freed. Nor is anything without `frees`: ONNX Runtime
+    runs independent branches of a graph level by level, not one after the other.
+    """
 
     def share(value: ir.Value) -> float:
         layout = layouts.get(value)
@@ -42,86 +45,59 @@ def cost_of(
             return 0.0
         return layout.channels * float(layout.scale / at) ** 2
 
-    last = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
-    last |= dict.fromkeys(outputs, len(nodes))
-    owner: dict[ir.Value, ir.Value] = {}
-    users: dict[ir.Value, int] = {}
-    size: dict[ir.Value, float] = {}
-    flops = peak = current = 0.0
+    steps = kernel_steps(nodes, outputs, lambda value: share(value) > 0)
+    last = {array: i for i, step in enumerate(steps) for array in step.inputs}
+    last |= dict.fromkeys([Array(value) for value in outputs], len(steps))
+    owner: dict[Array, Array] = {}
+    users: dict[Array, int] = {}
+    size: dict[Array, float] = {}
+    peak = current = 0.0
 
-    def release(value: ir.Value) -> None:
+    def release(array: Array) -> None:
         nonlocal current
-        root = owner.get(value)
+        root = owner.get(array)
         if root is not None:
             users[root] -= 1
             if users[root] == 0:
                 current -= size[root]
 
-    named = {v for node in nodes for v in node.inputs if v is not None} - {v for n in nodes for v in n.outputs}
-    for i, node in enumerate(nodes):
-        placed = [v for v in node.inputs if v is not None and share(v)]
-        if node.op_type in _IN_PLACE and any(v in named for v in placed):
-            named.update(node.outputs)
-        flops += _flops(node, share)
-        dying = [v for v in dict.fromkeys(node.inputs) if v is not None and last.get(v) == i]
-        extra = 0.0
-        made: dict[ir.Value, ir.Value] = {}
-        for value in node.outputs:
-            bytes_ = share(value) * _FLOAT
-            reuse = next(
-                (
-                    v
-                    for v in dying
-                    if v in owner and users[owner[v]] == 1 and size[owner[v]] == bytes_ and v not in made
-                ),
-                None,
-            )
-            if node.op_type in _ALIASES and node.inputs[0] in owner:
-                made[value] = owner[node.inputs[0]]
-            elif node.op_type in _ALIASES:
+    for i, step in enumerate(steps):
+        dying = [array for array in dict.fromkeys(step.inputs) if last.get(array) == i]
+        made: dict[Array, Array] = {}
+        for array in step.outputs:
+            bytes_ = share(array.value) * _FLOAT
+            able = (a for a in dying if a in owner and users[owner[a]] == 1 and a not in made)
+            reuse = next((a for a in able if size[owner[a]] == bytes_), None)
+            if step.alias and step.inputs and step.inputs[0] in owner:
+                made[array] = owner[step.inputs[0]]
+            elif step.alias:
                 continue
-            elif reuse is not None and (
-                (node.op_type in _FUSED and len(placed) == len(node.inputs))
-                or (node.op_type in _IN_PLACE and value in named)
-            ):
-                made[value] = owner[reuse]
+            elif reuse is not None and step.in_place:
+                made[array] = owner[reuse]
             else:
-                made[value] = value
-                size[value] = bytes_
-                extra += bytes_
-        current += extra
+                made[array] = array
+                size[array] = bytes_
+                current += bytes_
         peak = max(peak, current)
-        for value, root in made.items():
-            owner[value] = root
+        for array, root in made.items():
+            owner[array] = root
             users[root] = users.get(root, 0) + 1
-        for value in dying:
-            release(value)
-        for value in node.outputs:
-            if value not in last:
-                release(value)
-    return Cost(flops, peak)
+        for array in dying if frees else ():
+            release(array)
+    return Cost(sum(_flops(node, share) for node in nodes), peak)
 
 
 def _flops(node: ir.Node, share: Callable[[ir.Value], float]) -> float:
     out = share(node.outputs[0])
     if node.op_type == "Conv":
         weight = node.inputs[1]
-        shape = _shape(weight)
+        shape = weight_shape(weight)
         return 2.0 * out * math.prod(shape[1:])
     if node.op_type == "MatMul":
-        right, left = _shape(node.inputs[1]), node.inputs[0]
+        right, left = weight_shape(node.inputs[1]), node.inputs[0]
         if out and right:
             return 2.0 * out * (right[-2] if len(right) > 1 else 1)
         # A contraction over positions: every element of one side meets a column of the other.
-        shape = _shape(node.outputs[0])
+        shape = weight_shape(node.outputs[0])
         return 2.0 * (0.0 if left is None else share(left)) * (shape[-1] if shape else 1)
     return out
-
-
-def _shape(value: ir.Value | None) -> list[int]:
-    if value is None or value.shape is None:
-        producer = None if value is None else value.producer()
-        if producer is not None and producer.inputs and producer.inputs[0] is not None:
-            return _shape(producer.inputs[0])
-        return []
-    return [dim if isinstance(dim, int) else 1 for dim in value.shape]

@@ -108,7 +108,7 @@ class _Writer:
                 "weights": sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value),
             }
         if isinstance(step, Sums):
-            cost = cost_of(step.nodes, step.outputs, layouts, layouts[step.inputs[0]].scale)
+            cost = cost_of(step.nodes, step.outputs, layouts, layouts[step.inputs[0]].scale, frees=False)
             model = piece_model(
                 f"{self.component} sums {len(self.files)}", step.nodes, step.inputs, step.outputs, layouts
             )

@@ -26,8 +26,8 @@ Floats = npt.NDArray[np.float32]
 MODES = ("auto", "off", "exact", "fast")
 #: Share of the free memory that is used when the user names no limit.
 FREE_SHARE = 0.8
-#: Share of a limit that is planned for: plans are a few percent off.
-SAFE_SHARE = 0.95
+#: Share of a limit that is planned for: plans are off by up to 15 %, and the limit holds all the same.
+SAFE_SHARE = 0.87
 #: Scratch files take at most this much, and half of what is free on their disk.
 LARGEST_SCRATCH = 24 << 30
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +136,9 @@ class TileRunner:
                 wanted.append(name)
         wanted = list(dict.fromkeys(wanted))
         totals = [self._begin(part, step) for part in reductions]
-        band = Band(pieces.values[pieces.output].channels, whole.width, on_rows) if step.keep and last else None
+        band = self._band(whole, on_rows) if step.keep and last else None
         try:
-            for core in tiles(whole, step.tile):
+            for core in self._cores(step, whole):
                 values = self._tile(step, wanted, core, kept, extent)
                 for total in totals:
                     total.add(values)
@@ -163,6 +163,12 @@ class TileRunner:
         for store in kept.values():
             store.close()
         return new
+
+    def _cores(self, step: Pass, whole: Region) -> Iterable[Region]:
+        return tiles(whole, step.tile)
+
+    def _band(self, whole: Region, on_rows: OnRows | None) -> Band:
+        return Band(self._pieces.values[self._pieces.output].channels, whole.width, on_rows)
 
     def _store(self, channels: int, whole: Region, step: Pass) -> Map:
         if not step.in_file:

@@ -3,6 +3,7 @@
     python tests/bench/tiling.py quality --kind kl --side 512 --heat-map heat.png
     python tests/bench/tiling.py memory --kind sdxl --width 1024 --heights 2048 8192 32768 --max-memory 2G
     python tests/bench/tiling.py memory --kind dcae --width 16384 --heights 2048 --max-memory 3G
+    python tests/bench/tiling.py memory --kind sdxl --width 4096 --heights 4096 --max-memory 2G --one-tile
     python tests/bench/tiling.py time --kind sdxl --side 1024
     python tests/bench/tiling.py end-to-end --side 4096 --steps 2 --max-memory 8G
 
@@ -10,7 +11,8 @@ Kinds: scenes (the embedded model's decoder), kl, kl3, kl2, dc, tiny (small, ran
 random).
 `end-to-end` draws with SANA-0.6B's transformer and the DC-AE, random, behind a tiny text encoder, in 4096-pixel
 settings whatever the side; it needs 10 GB of disk.
-Everything is decoded in a child process of its own, so that a peak is that of one decode.
+Everything is decoded in a child process of its own, so that a peak is that of one decode. With `--one-tile` a child
+runs one tile of every pass over maps that are all there: the peak is that of the whole decode, hours later.
 """
 
 from __future__ import annotations
@@ -96,8 +98,13 @@ def patchwork(channels: int, height: int, width: int, patches: int = 6) -> np.nd
     return coarse[:, :, rows][:, :, :, columns]
 
 
-def child(bundle: Path, height: int, width: int, mode: str, tile: int | None, memory: str | None, out: str) -> None:
-    """Decode; print seconds, peak and planned bytes and tiles as JSON. The picture goes to `out` unless empty."""
+def child(
+    bundle: Path, height: int, width: int, mode: str, tile: int | None, memory: str | None, out: str, one_tile: bool
+) -> None:
+    """Decode; print seconds, peak and planned bytes and tiles as JSON. The picture goes to `out` unless empty.
+
+    `one_tile`: run one tile of every pass only, where there are tiles.
+    """
     from edgedit.bundle import open_bundle
     from edgedit.device import peak_memory, resident_memory
     from edgedit.runtimes.base import RuntimeOptions, open_runtime
@@ -121,7 +128,12 @@ def child(bundle: Path, height: int, width: int, mode: str, tile: int | None, me
         if out:
             bands.append(rows.copy())
 
-    run(opened, runtime, "decoder", latents, tiling, keep, lambda: runtime.open("decoder"))
+    if one_tile and schedule is not None:
+        from tile_probe import run_one_tile
+
+        run_one_tile(pieces, lambda graph: runtime.open_piece("decoder", graph), latents, schedule.program)
+    else:
+        run(opened, runtime, "decoder", latents, tiling, keep, lambda: runtime.open("decoder"))
     seconds = time.perf_counter() - started
     if out:
         np.save(out, np.concatenate(bands, axis=2))
@@ -227,6 +239,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
             options.mode,
             memory=options.max_memory,
             tile=options.tile,
+            one_tile=options.one_tile,
         )
         print(
             f"| {options.width}x{height} | {found['mode']} | {found['tile']} | {found['halo']} | "
@@ -318,7 +331,8 @@ def main() -> None:
     if sys.argv[1:2] == ["child"]:
         _, _, bundle, height, width, mode, options = sys.argv
         asked = json.loads(options)
-        child(Path(bundle), int(height), int(width), mode, asked.get("tile"), asked.get("memory"), asked.get("out", ""))
+        place, one_tile = asked.get("out", ""), asked.get("one_tile", False)
+        child(Path(bundle), int(height), int(width), mode, asked.get("tile"), asked.get("memory"), place, one_tile)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "memory", "time", "end-to-end"])
@@ -329,6 +343,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int)
     parser.add_argument("--mode", default="exact")
     parser.add_argument("--max-memory")
+    parser.add_argument("--one-tile", action="store_true", help="memory: run one tile of every pass only")
     parser.add_argument("--heat-map")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="end-to-end with tiny networks, to try the script")

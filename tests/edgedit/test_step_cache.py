@@ -41,6 +41,8 @@ def drawn(pipe: edgedit.Pipeline, step_cache: str | None, **settings: Any) -> tu
         reused.append(state.reused)
 
     settings = {"seed": 3, "steps": 12, "guidance_scale": 1.0, "width": SIZE, "height": SIZE, **settings}
+    # diffusers scales scores alike at every size.
+    settings.setdefault("attention_scale", 1.0)
     result = pipe.generate(PROMPT, step_cache=step_cache, decode=False, on_step=watch, **settings)
     return result.latents, reused
 

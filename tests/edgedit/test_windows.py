@@ -15,7 +15,9 @@ import torch
 from diffusers import StableDiffusionPanoramaPipeline
 
 import edgedit
+from edgedit.denoise import StepState, StoppedError
 from edgedit.errors import InputError
+from edgedit.recipes import Recipe
 from edgedit.windows import Windows
 
 Saved = Callable[[str], tuple[Any, Path, int]]
@@ -162,6 +164,7 @@ def test_a_run_in_windows_is_that_of_a_loop_with_diffusers_network_and_scheduler
         guidance_scale=3.0,
         denoise_tile=12,
         denoise_overlap=4,
+        attention_scale=1.0,
         decode=False,
     ).latents
     assert np.linalg.norm(found - x.numpy()) <= 2e-4 * np.linalg.norm(x.numpy()), seed
@@ -183,3 +186,58 @@ def test_windows_that_cannot_be_are_one_line(
     with pytest.raises(InputError, match=message) as caught:
         pipes("pixart-sigma").generate(PROMPT, steps=1, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_in_windows_can_be_stopped_between_two_of_them(pipes: Callable[[str], edgedit.Pipeline]) -> None:
+    seen: list[tuple[int, int]] = []
+    steps: list[int] = []
+
+    def stop_at_the_third(done: int, total: int) -> bool:
+        seen.append((done, total))
+        return len(seen) < 3
+
+    found = pipes("pixart-sigma").generate(
+        PROMPT,
+        seed=1,
+        steps=3,
+        width=32,
+        height=32,
+        denoise_tile=16,
+        on_window=stop_at_the_third,
+        on_step=lambda state: steps.append(state.step),
+    )
+    assert found.stopped
+    assert seen == [(1, 9), (2, 9), (3, 9)]
+    assert steps == []
+    assert found.images == []
+
+
+def test_a_run_that_is_stopped_between_windows_keeps_the_latents_of_its_last_whole_step(
+    pipes: Callable[[str], edgedit.Pipeline],
+) -> None:
+    pipe = pipes("sana")
+    recipe = Recipe.resolve(
+        pipe.bundle,
+        prompt=PROMPT,
+        **dict.fromkeys(("negative_prompt", "guidance_scale", "sampler", "sigmas", "strength")),
+        steps=3,
+        width=32,
+        height=32,
+        guidance_interval=(0.0, 1.0),
+        rng="philox",
+        has_image=False,
+        has_latents=False,
+        denoise_tile=16,
+    )
+    kept: list[np.ndarray] = []
+
+    def one_step(state: StepState) -> None:
+        kept.append(state.latents)
+
+    prompts = [pipe.encode_prompt(PROMPT)]
+    with pytest.raises(StoppedError) as stopped:
+        pipe.denoise_together(
+            recipe, prompts, None, [4], on_step=one_step, on_window=lambda done, _: not kept or done < 2
+        )
+    assert len(kept) == 1
+    assert np.array_equal(stopped.value.latents, kept[0])

@@ -106,6 +106,8 @@ def test_one_block_of_full_width_agrees_with_diffusers(name: str, tmp_path: Path
     inputs = {key: random.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
     inputs["timestep"] = np.array([431.0], np.float32)
     inputs["encoder_attention_mask"] = (np.arange(function.sizes["length"]) < 77).astype(np.float32)[None]
+    if "attention_scale" in inputs:
+        inputs["attention_scale"] = np.ones(1, np.float32)
     if "pos_embed" in inputs:
         from edgedit.positions import pos_embed_table
 

@@ -198,6 +198,7 @@ def example(component: str, name: str) -> dict[str, np.ndarray]:
         from edgedit.positions import pos_embed_table
 
         inputs["pos_embed"] = pos_embed_table(positions, 128, 128)
+        inputs["attention_scale"] = np.ones(1, np.float32)
     return inputs
 
 

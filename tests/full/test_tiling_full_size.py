@@ -69,6 +69,7 @@ def test_the_peak_does_not_grow_with_the_height(folder: Path) -> None:
         ("taesd", 2048, "exact", "500M"),
         ("scenes", 512, "off", None),
         ("scenes", 1024, "exact", "400M"),
+        ("dc", 1024, "exact", "300M"),
     ],
 )
 def test_a_plan_says_what_a_decode_takes(folder: Path, kind: str, side: int, mode: str, memory: str | None) -> None:

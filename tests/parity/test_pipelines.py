@@ -95,6 +95,7 @@ def difference(
         seed=7,
         rng="torch",
         width=width,
+        attention_scale=1.0,
         height=height,
         guidance_scale=guidance_scale,
         latents=noise.numpy(),

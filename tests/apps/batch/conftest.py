@@ -44,7 +44,8 @@ def draw_batch(tmp_path: Path, bundle: Path) -> Callable[..., Summary]:
         stop: Callable[[], bool] = lambda: False,
         **options: Any,
     ) -> Summary:
-        settings: dict[str, Any] = {"workers": 1, "threads": 1, "bundle": bundle, "make_pool": InlinePool, **options}
+        settings: dict[str, Any] = {"workers": 1, "threads": 1, "bundle": bundle, "make_pool": InlinePool}
+        settings = {**settings, "force_size": True, **options}
         request = BatchRequest(root=tmp_path / root, jobs=jobs, **settings)
         return run_batch(request, reporter or Reporter(), stop=stop)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import shutil
 import sqlite3
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +97,71 @@ def test_a_folder_that_cannot_be_written_is_refused(write_jobs: Write, draw_batc
         draw_batch(write_jobs(1), "file/out")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_stops_the_run(write_jobs: Write, draw_batch: Draw, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with pytest.raises(InputError, match="cannot be written"):
-        draw_batch(write_jobs(4), reporter=Acting(lambda: (folder / ".batch/partial").chmod(0o500)), batch=1)
-    (folder / ".batch/partial").chmod(0o700)
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Make a folder read-only, for root too: the system refuses to open a file below it for writing."""
+    folders: list[Path] = []
+    real = io.open
+
+    def guarded(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if set(mode) & set("wxa+") and any(Path(file).is_relative_to(folder) for folder in folders):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return real(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", guarded)
+    yield folders.append
+    folders.clear()
+
+
+def test_a_folder_that_becomes_read_only_stops_the_run_and_costs_no_picture(
+    write_jobs: Write,
+    draw_batch: Draw,
+    pictures: Read,
+    open_ledger: Open,
+    tmp_path: Path,
+    forbid: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs = write_jobs(4)
+    draw_batch(jobs, "whole")
+    refusal = r"cannot be written \(Read-only file system\); check the folder's permissions .* start again"
+    with pytest.raises(InputError, match=refusal) as refused:
+        draw_batch(jobs, reporter=Acting(lambda: forbid(tmp_path / "out")), batch=1)
+    assert "\n" not in str(refused.value)
+    monkeypatch.undo()
+    with open_ledger() as ledger:
+        counts = ledger.counts()
+        assert (counts.failed, counts.running) == (0, 0)
+        assert counts.pending > 0
+    assert draw_batch(jobs).done == 4
+    assert pictures() == pictures("whole")
+
+
+def test_a_folder_that_the_system_locks_stops_the_run(write_jobs: Write, draw_batch: Draw, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / ".batch" / "partial"
+
+    def lock(how: str) -> None:
+        if os.geteuid() != 0:
+            folder.chmod(0o500 if how == "+i" else 0o700)
+        elif subprocess.run(["chattr", how, folder], capture_output=True).returncode:
+            pytest.skip("this file system locks nothing for root")
+
+    if os.geteuid() == 0 and shutil.which("chattr") is None:
+        pytest.skip("needs chattr to keep root out")
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            draw_batch(write_jobs(4), reporter=Acting(lambda: lock("+i")), batch=1)
+    finally:
+        lock("-i")
     assert draw_batch(write_jobs(4)).done == 4
+
+
+def test_a_ledger_that_may_only_be_read_says_so(write_jobs: Write, draw_batch: Draw, open_ledger: Open) -> None:
+    draw_batch(write_jobs(2), dry_run=True)
+    with open_ledger() as ledger:
+        next(ledger.rows("PRAGMA query_only = 1"), None)
+        with pytest.raises(InputError, match="the folder cannot be written; check that it is there"):
+            ledger.claim(1, 1)
 
 
 @pytest.mark.parametrize("rest", [0, 50, 5000])

@@ -40,6 +40,13 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
     "width odd": ({"prompt": "a cat", "width": 30}, "width", "is not a multiple of 4"),
     "size malformed": ({"prompt": "a cat", "size": "16"}, "size", 'must be like "512x512"'),
     "size and width": ({"prompt": "a cat", "size": "16x16", "width": 16}, "width", "says the same as size"),
+    "size not trained": (
+        {"prompt": "a cat", "size": "32x20"},
+        "size",
+        "was not made for 32x20 pixels; take one of 16x16",
+    ),
+    "width not trained": ({"prompt": "a cat", "width": 32}, "width", "draw it anyway with --force-size"),
+    "no scale": ({"prompt": "a cat", "attention_scale": "much"}, "attention_scale", "is entropy or a number"),
     "no steps": ({"prompt": "a cat", "steps": 0}, "steps", "from 1 to 1000"),
     "half a step": ({"prompt": "a cat", "steps": 2.5}, "steps", "must be a whole number, not 2.5"),
     "steps and sigmas": ({"prompt": "a cat", "steps": 2, "sigmas": [5, 1]}, "sigmas", "says the same as steps"),
@@ -125,6 +132,7 @@ def test_all_formats_give_the_same_jobs(tmp_path: Path, bundle: Path) -> None:
         {"id": "b", "prompt": "a dog", "seeds": [1, 2], "size": "32x16", "metadata": {"shop": "x"}},
     ]
     names = ["id", "prompt", "seed", "steps", "guidance_scale", "seeds", "size", "metadata"]
+    sizes = {"force_size": True}
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     (tmp_path / "jobs.csv").write_text(
         "\ufeff" + ",".join(names[:-1]) + ",metadata.shop\r\n"
@@ -135,10 +143,10 @@ def test_all_formats_give_the_same_jobs(tmp_path: Path, bundle: Path) -> None:
     rows = [{**job, "metadata": list(job["metadata"].items()) if "metadata" in job else None} for job in jobs]
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     parquet.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "jobs.parquet")
-    wanted = [(j.id, j.spec, j.group, j.pictures) for j in planned(tmp_path / "jobs.jsonl", bundle)]  # type: ignore[union-attr]
+    wanted = [(j.id, j.spec, j.group, j.pictures) for j in planned(tmp_path / "jobs.jsonl", bundle, **sizes)]  # type: ignore[union-attr]
     assert len(wanted) == 2
     for name in ("jobs.csv", "jobs.parquet"):
-        found = [(j.id, j.spec, j.group, j.pictures) for j in planned(tmp_path / name, bundle)]  # type: ignore[union-attr]
+        found = [(j.id, j.spec, j.group, j.pictures) for j in planned(tmp_path / name, bundle, **sizes)]  # type: ignore[union-attr]
         assert found == wanted
 
 

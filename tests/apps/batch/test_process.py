@@ -66,7 +66,7 @@ def test_the_second_ctrl_c_stops_at_once(
     write_jobs: Write, start: Run, bundle: Path, open_ledger: Open, tmp_path: Path
 ) -> None:
     jobs = write_jobs([{"id": f"j{i}", "prompt": "a cat", "steps": 1000, "size": "64x64"} for i in range(4)])
-    process = start("batch", jobs, "-m", bundle, "-o", tmp_path / "out", "-w", 1, "-t", 1, "--json")
+    process = start("batch", jobs, "-m", bundle, "-o", tmp_path / "out", "-w", 1, "-t", 1, "--json", "--force-size")
     for line in process.stdout:
         if json.loads(line)["event"] == "step":
             break

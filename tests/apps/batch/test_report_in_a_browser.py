@@ -1,4 +1,7 @@
-"""The contact sheet in a real browser: what it shows, and what its filters do."""
+"""The contact sheet in a real browser: what it shows, and what its filters do.
+
+The browser is the system's own (`apt-get install chromium`).
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,26 @@ def test_a_batch_draws_what_generate_draws_to_the_byte(
                 command += [flag, str(tmp_path / job[key])] if key in job else []
             assert main([*command, "-o", "one.png"]) == 0
             assert Path("one.png").read_bytes() == drawn[name], name
+
+
+def test_a_batch_refuses_sizes_that_the_model_was_not_made_for_unless_told(
+    write_jobs: Write, draw_batch: Draw, pictures: Read, tmp_path: Path
+) -> None:
+    jobs = [
+        {"id": "own", "prompt": "a cat", "steps": 1},
+        {"id": "wide", "prompt": "a cat", "steps": 1, "size": "32x16"},
+    ]
+    refusal = r"line 2: size: the model was not made for 32x16 pixels; take one of 16x16, .* with --force-size"
+    with pytest.raises(InputError, match=refusal):
+        draw_batch(write_jobs(jobs), force_size=False)
+    assert pictures() == {}
+    assert draw_batch(write_jobs(jobs)).done == 2
+    # What a batch let in once, it lets in when its job file grows.
+    more = write_jobs([*jobs, {"id": "tall", "prompt": "a cat", "steps": 1, "size": "16x32"}])
+    assert draw_batch(more, force_size=False).done == 3
+    wide = read_recipe(tmp_path / "out" / "0000" / "wide.png")
+    assert wide["attention_scale"] == pytest.approx((math.log(32) / math.log(16)) ** 0.5)
+    assert "attention_scale" not in read_recipe(tmp_path / "out" / "0000" / "own.png")
 
 
 @pytest.mark.parametrize("way", [{"batch": 1}, {"batch": 4, "workers": 2}, {"low_ram": True, "batch": 2}], ids=str)

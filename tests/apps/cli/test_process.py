@@ -107,6 +107,16 @@ def test_the_first_ctrl_c_stops_after_a_step_and_keeps_the_finished_pictures(sta
     assert hidden(Path()) == []
 
 
+def test_ctrl_c_stops_between_two_windows_of_a_step(start: Start, bundle: Path) -> None:
+    windows = ("--size", "512x512", "--denoise-tile", 16, "--denoise-overlap", 12)
+    process = start("generate", "a cat", "-m", bundle, "-s", 1, "--steps", 1, "-t", 1, *windows, "--json")
+    interrupt_after(process, process.stdout, "denoise")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopping after this window" in err
+    assert list(Path().glob("*.png")) == []
+
+
 def test_the_first_ctrl_c_does_not_wait_for_the_picture(start: Start, bundle: Path) -> None:
     process = start(*LONG, "-m", bundle)
     interrupt_after(process, process.stderr, "denoise")

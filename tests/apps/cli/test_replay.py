@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgedit.attention_scale import entropy_scale
 from edgedit.metadata import read_recipe, save_image
 
 Run = Callable[..., Any]
@@ -38,7 +39,9 @@ def test_a_flag_replaces_its_part_of_the_recipe_and_nothing_else(draw: Run, pict
         (["a blue dog"], {"prompt": "a blue dog"}),
         (["-s", 5], {"seed": 5}),
         (["--steps", 2], {"steps": 2}),
-        (["-H", 24, "--force-size"], {"height": 24}),
+        # Another size has another scale: 30 tokens and not 20, where 16 are trained.
+        (["-H", 24, "--force-size"], {"height": 24, "attention_scale": entropy_scale(30, 16)}),
+        (["--attention-scale", 1.5], {"attention_scale": 1.5}),
         (["--sampler", "dpmpp_2m"], {"sampler": "dpmpp_2m"}),
         (["--guidance-interval", ":0.5"], {"guidance_interval": [0.0, 0.5]}),
         (["-n", ""], {"negative_prompt": ""}),

@@ -106,6 +106,8 @@ class Graph:
         self.session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
     def __call__(self, **inputs: np.ndarray | torch.Tensor) -> np.ndarray:
-        """The first output for inputs by name."""
+        """The first output for inputs by name; scores are scaled as in training where nothing else is said."""
         feeds = {name: np.asarray(value) for name, value in inputs.items()}
+        if any(value.name == "attention_scale" for value in self.session.get_inputs()):
+            feeds.setdefault("attention_scale", np.ones(1, np.float32))
         return self.session.run(None, feeds)[0]

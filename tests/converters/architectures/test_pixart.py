@@ -23,6 +23,7 @@ from parity_tools import (
 from torch.nn import functional
 
 from edgedit.converters.architectures.pixart import build_transformer
+from edgedit.converters.architectures.token_grid import TokenGrid
 from edgedit.errors import ConversionError
 from edgedit.positions import pos_embed_table
 
@@ -118,6 +119,49 @@ def test_pixart_matches_diffusers_on_a_fresh_random_configuration(case: int, tmp
     config = draw_config(random, **FIXED[case])
     model = randomise(PixArtTransformer2DModel(**config), seed)
     check(random, config, model, tmp_path, note=f"seed {BASE_SEED}")
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_the_attention_scale_multiplies_the_scores_of_self_attention_only(sized: bool, tmp_path: Path) -> None:
+    random = np.random.default_rng(fresh_seed(40))
+    config = draw_config(random, use_additional_conditions=sized)
+    model = randomise(PixArtTransformer2DModel(**config), fresh_seed(40))
+    component = build_transformer(config)
+    graph = Graph(component, model, tmp_path)
+    inputs = draw_inputs(random, config, (5, 4), 2)
+    table = pos_embed_table(component.runtime["positions"], *inputs["latents"].shape[2:])
+    plain = graph(**inputs, pos_embed=table, attention_scale=np.ones(1, np.float32))
+    scaled = graph(**inputs, pos_embed=table, attention_scale=np.float32([1.25]))
+    # diffusers' processor takes no scale, but scores are linear in the queries.
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            for parameter in block.attn1.to_q.parameters():
+                parameter.mul_(1.25)
+    assert relative_l2(scaled, reference(model, inputs)) <= TOLERANCE
+    assert relative_l2(plain, scaled) > 100 * TOLERANCE
+
+
+def test_a_scale_of_one_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(fresh_seed(41))
+    config = draw_config(random)
+    model = randomise(PixArtTransformer2DModel(**config), fresh_seed(41))
+    inputs = draw_inputs(random, config, (6, 5), 2)
+    outputs = []
+    for folder in ("scaled", "plain"):
+        (tmp_path / folder).mkdir()
+        component = build_transformer(config)
+        table = pos_embed_table(component.runtime["positions"], *inputs["latents"].shape[2:])
+        outputs.append(Graph(component, model, tmp_path / folder)(**inputs, pos_embed=table))
+        monkeypatch.setattr(TokenGrid, "scaled", lambda _, op, query: query)
+    assert np.array_equal(*outputs)
+
+
+def test_a_transformer_without_softmax_over_the_map_takes_no_attention_scale() -> None:
+    config = {"num_attention_heads": 3, "attention_head_dim": 4, "num_layers": 2, "cross_attention_dim": 12}
+    linear = {"operator": "relu", "heads": 3}
+    for layers, takes in (([0], True), ([0, 1], False)):
+        component = build_transformer({**config, "self_attention": [{**linear, "layers": layers}]})
+        assert any(spec.name == "attention_scale" for spec in component.inputs) == takes
 
 
 def test_the_padding_mask_hides_the_text_that_it_covers(tmp_path: Path) -> None:
@@ -216,7 +260,7 @@ def test_positions_are_those_that_diffusers_derives_from_the_configuration(
     assert np.allclose(pos_embed_table(positions, sample_size, sample_size), layer.pos_embed.numpy(), rtol=0, atol=6e-8)
     assert component.runtime["resolution_aspect_ratio"] == (sample_size == 128)
     assert [spec.name for spec in component.inputs][5:] == (
-        ["resolution", "aspect_ratio"] if sample_size == 128 else []
+        ["attention_scale", *(["resolution", "aspect_ratio"] if sample_size == 128 else [])]
     )
 
 
