@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from edgedit.converters.training.export import (
     load_text_encoder,
 )
 from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
-from edgedit.converters.training.teacher import TeacherStage
+from edgedit.converters.training.teacher import SIGMA_SHIFT, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
 
@@ -128,8 +128,12 @@ def train_transformer(
     batch_size: int,
     compiled: bool,
     source: Path | None = None,
+    **options: Any,
 ) -> None:
-    """Trains the transformer on cached latents and the finished text encoder, from the weights of `source` if any."""
+    """Trains the transformer on cached latents and the finished text encoder, from the weights of `source` if any.
+
+    `options` are those of `TeacherStage`.
+    """
     begin = None
     if source is not None:
         begin_from(source, run_dir)
@@ -145,6 +149,7 @@ def train_transformer(
         batch_size=batch_size,
         compiled=compiled,
         transformer=begin,
+        **options,
     )
     averaged = run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
     save_transformer(averaged, run_dir / TRANSFORMER)
@@ -169,6 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="captions and latents per step of the transformer")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="peak, of the transformer")
+    parser.add_argument("--sigma-shift", type=float, default=SIGMA_SHIFT, help="shift of sigma in its training")
+    parser.add_argument(
+        "--weighted-steps", type=int, default=0, help="so many first steps of it weigh errors more where objects are"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="train on from this pipeline")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pipeline here at the end")
@@ -209,6 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
             batch_size=options.batch,
             compiled=not options.no_compile,
             source=options.source,
+            learning_rate=options.learning_rate,
+            sigma_shift=options.sigma_shift,
+            weighted_steps=options.weighted_steps,
         )
     if options.export is not None:
         export_pipeline(options.output, options.export)
