@@ -169,7 +169,7 @@ class TeacherStage:
         transformer: PixArtTransformer2DModel | None = None,
     ) -> None:
         """`latents` are (N, 8, 16, 16), zero mean and unit variance, in the order of `scenes`; `transformer` is where
-        training begins, a fresh one by default. In the first `weighted_steps` steps errors weigh more where objects are.
+        training begins, a fresh one by default. In the first `weighted_steps` steps errors weigh more at objects.
         """
         torch.manual_seed(seed)
         transformer = transformer or build_transformer(transformer_config)
