@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square on a white background
-SEED ?= 1
+SEED ?= 10
 JOBS ?= 2
 
 .PHONY: demo test check-full bench lint format golden clean
