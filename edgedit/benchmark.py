@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedit.attention_scale import INPUT as ATTENTION_SCALE
 from edgedit.bench.contenders import ContenderPlan, bundle_plan, rival_plans
 from edgedit.bench.report import BenchmarkReport, ComponentTimes, ContenderReport, make_reports
 from edgedit.bench.spawn import call_alone
@@ -153,6 +154,9 @@ def stage_inputs(
     patch = int(str(entry.config.get("patch_size", 1)))
     tokens = (height // factor // patch, width // factor // patch)
     inputs = example_inputs(name, entry.inputs, entry.config, tokens=tokens, length=length, batch=batch)
+    if ATTENTION_SCALE in inputs:
+        # Other tools' networks have no such input: they compute with 1.
+        inputs[ATTENTION_SCALE] = np.ones_like(inputs[ATTENTION_SCALE])
     # A run without padding, as prompts are encoded.
     return {key: np.ones_like(value) if key.endswith("attention_mask") else value for key, value in inputs.items()}
 

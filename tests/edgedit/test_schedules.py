@@ -12,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from schedule_rounding import TIMESTEP_ROUNDING
 
 from edgedit.errors import BundleError, ConversionError, InputError
 from edgedit.sampler_names import SAMPLERS, resolve_sampler
@@ -144,7 +145,9 @@ def test_explicit_sigmas_match_diffusers() -> None:
             cls.set_timesteps(sigmas=np.array(given))
             schedule = make_schedule(config_of(cls), None, sigmas=given)
             np.testing.assert_allclose(schedule.sigmas, cls.sigmas.numpy(), rtol=2e-7, atol=0, err_msg=note)
-            np.testing.assert_allclose(schedule.timesteps, cls.timesteps.numpy(), rtol=3e-7, atol=0, err_msg=note)
+            np.testing.assert_allclose(
+                schedule.timesteps, cls.timesteps.numpy(), rtol=TIMESTEP_ROUNDING, atol=0, err_msg=note
+            )
             assert schedule.steps == count
 
 
@@ -193,7 +196,9 @@ def test_dynamic_shift_matches_diffusers(name: str, curve: str) -> None:
         schedule = make_schedule(config_of(scheduler), steps, image_tokens=tokens)
         note = f"{steps} steps, {tokens} tokens"
         np.testing.assert_allclose(schedule.sigmas, scheduler.sigmas.numpy(), rtol=2e-7, atol=1e-8, err_msg=note)
-        np.testing.assert_allclose(schedule.timesteps, scheduler.timesteps.numpy(), rtol=3e-7, err_msg=note)
+        np.testing.assert_allclose(
+            schedule.timesteps, scheduler.timesteps.numpy(), rtol=TIMESTEP_ROUNDING, err_msg=note
+        )
 
 
 def test_dpm_solver_with_dynamic_shift_matches_diffusers() -> None:
@@ -244,7 +249,9 @@ def test_beta_sigmas_match_diffusers(name: str) -> None:
         told, note = scheduler.timesteps.numpy(), f"{name}, {steps} steps"
         # without AVX2 torch's table differs in the last bit, which can move a timestep that is truncated
         exact = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or not schedule.timesteps_integer
-        np.testing.assert_allclose(schedule.timesteps, told, rtol=3e-7, atol=1e-12 if exact else 1, err_msg=note)
+        np.testing.assert_allclose(
+            schedule.timesteps, told, rtol=TIMESTEP_ROUNDING, atol=1e-12 if exact else 1, err_msg=note
+        )
         relative = schedule.sigmas if schedule.path != "vp" else schedule.sigmas / schedule.alphas
         np.testing.assert_allclose(relative, scheduler.sigmas.numpy(), rtol=5e-7, atol=1e-8, err_msg=note)
 

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from schedule_rounding import TIMESTEP_ROUNDING
 
 from edgedit.errors import InputError
 from edgedit.schedules import SAMPLERS_OF_PATH, Schedule, make_schedule, schedule_config_from_diffusers
@@ -94,7 +95,7 @@ def assert_same_timesteps(schedule: Schedule, scheduler: Any, note: str) -> None
         np.testing.assert_array_equal(schedule.timesteps, theirs, err_msg=note)
     else:
         # fractional ones come from torch's sqrt, which on x86 is now and then one unit in the last place off
-        np.testing.assert_allclose(schedule.timesteps, theirs, rtol=3e-7, atol=0, err_msg=note)
+        np.testing.assert_allclose(schedule.timesteps, theirs, rtol=TIMESTEP_ROUNDING, atol=0, err_msg=note)
 
 
 def check(
@@ -124,7 +125,11 @@ def check(
     # A scaled latent of a network that says x0 is all noise: without AVX2, the last bit of torch's largest sigma (157)
     # is 2e-5 of the first step's result.
     coarse = not EXACT and schedule.path == "ve" and schedule.prediction == "sample"
-    assert_same_path(ours, theirs, note, 5e-5 if coarse else TOLERANCE)
+    tolerance = 5e-5 if coarse else TOLERANCE
+    if schedule.path == "ve" and case[1].get("rescale_betas_zero_snr"):
+        # The first level is 4096, and the first step takes all of that away again: its last bit is 5e-4.
+        tolerance = 5e-4
+    assert_same_path(ours, theirs, note, tolerance)
     assert torch.equal(streams[0].get_state(), streams[1].get_state()), f"{note}: another number of noise draws"
 
 
@@ -249,7 +254,7 @@ def test_scm_matches_diffusers_and_draws_noise_on_the_last_step_too() -> None:
         scheduler.set_timesteps(steps, max_timesteps=1.5708, intermediate_timesteps=1.3 if steps == 2 else None)
         schedule = make_schedule({**config_of(scheduler), "prediction": "trigflow"}, steps)
         told = scheduler.timesteps.numpy()[:-1]
-        np.testing.assert_allclose(schedule.timesteps, told, rtol=0 if EXACT else 3e-7, atol=0)
+        np.testing.assert_allclose(schedule.timesteps, told, rtol=0 if EXACT else TIMESTEP_ROUNDING, atol=0)
         network, data = Network(SEED + steps), scheduler.config.sigma_data
         x = np.random.default_rng(SEED + steps).normal(size=SHAPE).astype(np.float32)
         streams = [torch.Generator().manual_seed(SEED) for _ in range(2)]
@@ -285,7 +290,7 @@ def test_sana_sprint_is_a_flow_network_on_the_trigflow_path() -> None:
             output = ((1 - 2 * t) * given + (1 - 2 * t + 2 * t**2) * v) / norm * data
             latents, denoised = scheduler.step(output, s, latents, generator=streams[0], return_dict=False)
         schedule = make_schedule(config_of(scheduler), steps, timesteps=table)
-        np.testing.assert_allclose(schedule.timesteps, told, rtol=3e-7)
+        np.testing.assert_allclose(schedule.timesteps, told, rtol=TIMESTEP_ROUNDING)
         ours = our_run(schedule, x, network, streams[1])
         assert_same_path(ours[-1:], [denoised.numpy() / data], f"{steps} steps, seed {SEED}")
 

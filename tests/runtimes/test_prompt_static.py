@@ -123,7 +123,7 @@ def test_optimised_graphs_are_kept_for_every_part(bundle_of: Callable[[str], Bun
 def test_wrong_inputs_and_closed_sessions_are_named(bundle_of: Callable[[str], Bundle]) -> None:
     bundle = bundle_of("pixart-sigma")
     session, inputs = open_transformer(bundle), inputs_of(bundle)
-    with pytest.raises(InputError, match=r"takes \['encoder_attention_mask'.*\]; got \['latents'\]"):
+    with pytest.raises(InputError, match=r"takes \['attention_scale', 'encoder_attention_mask'.*\]; got \['latents'\]"):
         session.run({"latents": inputs["latents"]})
     session.close()
     with pytest.raises(BundleError, match="closed"):

@@ -79,6 +79,8 @@ def test_a_budget_shows_what_each_layer_loses(cli: Run, source: Path) -> None:
         (("--dtype", "mixed:30M"), "add --calibration self"),
         (("--dtype", "typo.toml"), "matches no layer; nearest: transformer_blocks.0.attn1.to_q"),
         (("--dtype", "w2", "--to", "mlx"), 'MLX has no palettes; use format = "int"'),
+        (("--dtype", "fp4", "--to", "mlx"), 'format "fp4" is for ONNX Runtime only'),
+        (("--dtype", "fp4", "--to", "coreml"), 'format "fp4" is for ONNX Runtime only'),
         (("--dtype", "w8a8", "--to", "onnx,mlx"), "MLX computes with float activations"),
         (("--dtype", "w8a8", "--to", "coreml"), "ranges that are known at conversion; add --calibration self"),
         (("--dtype", "zeros.toml"), "only Core ML stores no zeros, and this is for onnx"),

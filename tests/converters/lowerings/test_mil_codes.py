@@ -155,7 +155,7 @@ def test_a_layer_of_32_bits_is_a_float32_island(tmp_path: Path) -> None:
     assert set(report(tmp_path / artefact.graph).weights) == {"fp32"}
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.endswith("a8")])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.endswith("a8") and name != "fp4"])
 def test_every_backend_computes_with_the_codes_of_a_preset(preset: str, quantizable: Path, tmp_path: Path) -> None:
     recipe = recipe_of(preset, calibrated=False)
     assert recipe is not None
