@@ -129,6 +129,9 @@ def check(
     if schedule.path == "ve" and case[1].get("rescale_betas_zero_snr"):
         # The first level is 4096, and the first step takes all of that away again: its last bit is 5e-4.
         tolerance = 5e-4
+    if str(case[1].get("algorithm_type", "")).startswith("sde"):
+        # 1 - exp(-2 h) of a short step magnifies exp's last bit, in which torch and NumPy differ on some processors.
+        tolerance = 5e-5
     assert_same_path(ours, theirs, note, tolerance)
     assert torch.equal(streams[0].get_state(), streams[1].get_state()), f"{note}: another number of noise draws"
 
