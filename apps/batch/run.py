@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -375,7 +376,9 @@ def _draw(
         finally:
             pool.kill_all()
             if alone:
-                Store(ledger.places).sweep(ledger.is_finished)
+                # What stopped the run is what has to be said; the next run sweeps first, and says what it cannot.
+                with contextlib.suppress(InputError):
+                    Store(ledger.places).sweep(ledger.is_finished)
         if coordinator.cut:
             reporter.warn(f"{len(coordinator.cut)} prompts were too long for the model and cut; index.jsonl says where")
         return reporter.drawn, coordinator.stopped

@@ -94,7 +94,7 @@ class Store:
     def sweep(self, is_finished: Callable[[int], bool]) -> None:
         """Remove what killed processes left: temporary files, and latents of pictures that are finished.
 
-        Only when no other process is at work here.
+        Only when no other process is at work here. Raises `InputError` where the system forbids it.
         """
         try:
             for path in self.places.latents.iterdir():
@@ -107,6 +107,8 @@ class Store:
                 path.unlink(missing_ok=True)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be removed ({error.strerror}); {_advice(error)}") from error
 
 
 def _advice(error: OSError) -> str:

@@ -141,6 +141,8 @@ def test_a_folder_that_the_system_locks_stops_the_run(write_jobs: Write, draw_ba
     folder = tmp_path / "out" / ".batch" / "partial"
 
     def lock(how: str) -> None:
+        if how == "+i":
+            (folder / "left-by-a-killed-process").touch()
         if os.geteuid() != 0:
             folder.chmod(0o500 if how == "+i" else 0o700)
         elif subprocess.run(["chattr", how, folder], capture_output=True).returncode:
@@ -151,6 +153,8 @@ def test_a_folder_that_the_system_locks_stops_the_run(write_jobs: Write, draw_ba
     try:
         with pytest.raises(InputError, match="cannot be written"):
             draw_batch(write_jobs(4), reporter=Acting(lambda: lock("+i")), batch=1)
+        with pytest.raises(InputError, match=r"cannot be removed .* check the folder's permissions"):
+            draw_batch(write_jobs(4))
     finally:
         lock("-i")
     assert draw_batch(write_jobs(4)).done == 4
