@@ -57,6 +57,14 @@ def distill(
     learning_rate: Annotated[
         float | None, typer.Option(metavar="RATE", help="Peak learning rate.", show_default="the method's")
     ] = None,
+    sigma_shift: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Shift of the student's noise levels (flow models).", show_default="its own"),
+    ] = None,
+    keep_right: Annotated[
+        bool,
+        typer.Option("--keep-right", help="Learn only from pictures that the scene reader finds right (trajectory)."),
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(metavar="N", help="Latents in a training step.", show_default="32, or 8 for a decoder"),
@@ -74,7 +82,8 @@ def distill(
     edgedit distill scenes-linear -o scenes-fast --method lcm --steps 4 --budget 30m
     """
     need_training()
-    for_steps = {"--method": method, "--steps": steps, "--guidance": guidance_scale}
+    for_steps = {"--method": method, "--steps": steps, "--guidance": guidance_scale, "--sigma-shift": sigma_shift}
+    for_steps["--keep-right"] = keep_right or None
     if component not in ("transformer", "decoder"):
         raise InputError(f"--component {component!r} cannot be distilled; choose transformer or decoder")
     stray = for_steps if component == "decoder" else {"--width": width}
@@ -90,7 +99,8 @@ def distill(
         "device": device,
     }
     chosen: dict[str, object] = {"learning_rate": learning_rate, "batch_size": batch_size, "width": width}
-    chosen |= {"method": method, "steps": steps, "guidance_scale": guidance_scale}
+    chosen |= {"method": method, "steps": steps, "guidance_scale": guidance_scale, "sigma_shift": sigma_shift}
+    chosen["keep_right"] = keep_right or None
     given |= {name: value for name, value in chosen.items() if value is not None}
     report: DistillationReport | DecoderReport
     with make_progress(quiet=quiet) as progress:

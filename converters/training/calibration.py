@@ -49,7 +49,8 @@ class Calibration:
         latents: float16 (N, C, H, W); latents[i] was drawn for prompt i modulo the number of prompts.
         guidance_scale: the scale that they were drawn with.
         seed, batch_size: what their noise depends on, see `noise_of_samples`.
-        states: points of the trajectories that end in the latents, float16 (N, levels, C, H, W), where they were kept.
+        points, pictures: where the teacher set out and arrived, float16 (N, levels, C, H, W), see `trajectory`.
+        right: whether the latents show what their prompts say (N,), where somebody looked.
     """
 
     text: Text
@@ -58,7 +59,9 @@ class Calibration:
     guidance_scale: float
     seed: int
     batch_size: int
-    states: npt.NDArray[np.float16] | None = None
+    points: npt.NDArray[np.float16] | None = None
+    pictures: npt.NDArray[np.float16] | None = None
+    right: npt.NDArray[np.bool_] | None = None
 
     def batch(self, chosen: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Text]:
         """Latents (B, C, H, W) float32 and the embedded prompts they belong to."""
@@ -145,6 +148,7 @@ def trajectory(
     yield x
 
 
+@torch.no_grad()
 def draw_latents(
     denoiser: Denoiser,
     noise: Tensor,
@@ -153,10 +157,22 @@ def draw_latents(
     *,
     guidance_scale: float,
     levels: npt.NDArray[np.float64],
+    rng: np.random.Generator | None = None,
 ) -> Tensor:
-    """The end of a `trajectory`, whose levels end at 0."""
-    states = trajectory(denoiser, noise, text, empty, guidance_scale=guidance_scale, levels=levels)
-    return list(states)[-1]
+    """Latents (B, C, H, W) drawn along `levels`, which end at 0.
+
+    The end of a `trajectory`; with `rng`, fresh noise is drawn after every step instead (the "lcm" sampler).
+    """
+    if rng is None:
+        states = trajectory(denoiser, noise, text, empty, guidance_scale=guidance_scale, levels=levels)
+        return list(states)[-1]
+    x = noise.float()
+    for now, then in itertools.pairwise(levels):
+        s = torch.full((len(x),), float(now), device=x.device)
+        clean = x - float(now) * guided(denoiser, x, s, text, empty, guidance_scale)
+        fresh = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)).to(x.device)
+        x = (1 - float(then)) * clean + float(then) * fresh
+    return x
 
 
 def _log_snr(s: float) -> float:
@@ -189,15 +205,20 @@ def sample_latents(
     seed: int,
     device: torch.device,
     batch_size: int,
+    from_noise_alone: bool = False,
     on_step: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float16]:
     """Latents (count, *shape) that the teacher draws, number i for prompt i modulo the number of prompts.
 
-    Batch k depends on `(seed, k)` alone. Raises InputError when the model draws values that are not numbers.
+    A teacher whose own sampler draws fresh noise on the way does so here, except with `from_noise_alone`: then a sample
+    is a function of its `noise_of_samples`. Batch k depends on `(seed, k)` alone.
+
+    Raises InputError when the model draws values that are not numbers.
     """
     result = np.empty((count, *shape), np.float16)
     calibration = Calibration(text, empty, result, guidance_scale, seed, batch_size)
     levels = denoiser.levels(SAMPLE_STEPS)
+    fresh = denoiser.schedule["sampler"] == "lcm" and not from_noise_alone
     for index, start in enumerate(range(0, count, batch_size)):
         size = min(batch_size, count - start)
         noise = batch_noise(seed, index, size, shape)
@@ -209,6 +230,7 @@ def sample_latents(
                 calibration.negative(size, device),
                 guidance_scale=guidance_scale,
                 levels=levels,
+                rng=step_rng(seed, index, purpose=13) if fresh else None,
             )
         if not torch.isfinite(latents).all():
             raise InputError("the checkpoint draws values that are not numbers; it cannot be calibrated on itself")

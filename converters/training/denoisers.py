@@ -101,14 +101,19 @@ class Denoiser:
         """The same schedule around another network."""
         return Denoiser(network, self.schedule, scale_factor=self.scale_factor)
 
-    def levels(self, count: int) -> np.ndarray:
-        """`count` + 1 levels s from the noisiest to 0, spread as the checkpoint's own sampler spreads its steps."""
+    def levels(self, count: int, shift: float | None = None) -> np.ndarray:
+        """`count` + 1 levels s from the noisiest to 0, spread as the checkpoint's own sampler spreads its steps.
+
+        On the flow path `shift` takes the place of the checkpoint's own. Raises InputError for one that makes no sense.
+        """
+        if shift is not None and (self._levels is not None or not shift > 0):
+            raise InputError("a sigma shift is a number above 0, for a flow model")
         if self._levels is not None:
             last = len(self._levels) - 1
             steps = np.round(np.linspace(last, 0, count + 1)[:-1]).astype(int)
             return np.append(self._levels[steps], 0.0)
         grid = np.linspace(1, 0, count + 1)
-        shift = float(self.schedule["shift"])
+        shift = float(self.schedule["shift"]) if shift is None else shift
         return np.asarray(shift * grid / (1 + (shift - 1) * grid))
 
     def sample_levels(self, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -70,7 +70,7 @@ class DistillationReport:
         return {**asdict(self), "output": str(self.output)}
 
 
-def few_step_schedule(teacher: Denoiser, method: str, steps: int) -> dict[str, Any]:
+def few_step_schedule(teacher: Denoiser, method: str, steps: int, shift: float | None = None) -> dict[str, Any]:
     """The schedule object of a distilled model: the teacher's path, and a table of levels for each number of steps.
 
     Consistency models are called anywhere on the trajectory, and "trajectory" at levels that those of fewer steps are
@@ -84,7 +84,7 @@ def few_step_schedule(teacher: Denoiser, method: str, steps: int) -> dict[str, A
     }
     tables: list[list[float]] = []
     for count in counts:
-        levels = teacher.levels(count)[:-1]
+        levels = teacher.levels(count, shift)[:-1]
         if kept["path"] == "flow":
             tables.append([float(level) for level in levels])
         else:
@@ -107,6 +107,8 @@ def distill(
     samples: int | None = None,
     guidance_scale: float | None = None,
     learning_rate: float | None = None,
+    sigma_shift: float | None = None,
+    keep_right: bool = False,
     batch_size: int = 32,
     seed: int = 0,
     device: str = "auto",
@@ -128,6 +130,9 @@ def distill(
         samples: latents that the teacher draws to learn from; four for each prompt, 64 to 2048, by default.
         guidance_scale: the teacher's guidance; the checkpoint's recommendation by default.
         learning_rate: the method's own by default.
+        sigma_shift: of the student's levels, on the flow path; the checkpoint's own by default.
+        keep_right: learn only from pictures that show what their prompts say ("trajectory", and the embedded model's
+            own prompts).
         batch_size: latents in a step.
         stop_after: leave at this step as if interrupted, for tests.
 
@@ -142,6 +147,8 @@ def distill(
         raise InputError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
     if steps not in STEP_COUNTS:
         raise InputError(f"--steps {steps} is not possible; choose {', '.join(map(str, STEP_COUNTS))}")
+    if keep_right and method != "trajectory":
+        raise InputError(f"--keep-right does nothing for --method {method}; leave it out, or choose trajectory")
     target = Path(output)
     check_output(target)
     trainable = open_trainable(source)
@@ -152,7 +159,7 @@ def distill(
         target,
         {
             "source": str(trainable.path.resolve()),
-            "method": [method, steps, learning_rate],
+            "method": [method, steps, learning_rate, sigma_shift, keep_right],
             "prompts": digest("\n".join(prompts)),
             "budget": [limit.seconds, limit.steps],
             "samples": [count, scale, batch_size],
@@ -164,6 +171,7 @@ def distill(
     if place.type == "cpu":
         trainable.transformer.set_attn_processor(PlainAttention())
     teacher = trainable.denoiser()
+    levels = [float(level) for level in teacher.levels(steps, sigma_shift)[:-1]]
     data = work.calibration(
         trainable.path,
         teacher,
@@ -174,7 +182,9 @@ def distill(
         seed=seed,
         device=place,
         batch_size=batch_size,
-        trajectory_steps=steps if method == "trajectory" else None,
+        levels=levels if method == "trajectory" else None,
+        from_noise_alone=method == "dmd",
+        keep_right=keep_right,
         on_progress=on_progress,
     )
     student = copy.deepcopy(trainable.transformer).requires_grad_(True)
@@ -183,14 +193,14 @@ def distill(
         teacher,
         student,
         data,
-        levels=[float(level) for level in teacher.levels(steps)[:-1]],
+        levels=levels,
         seed=seed,
         device=place,
         batch_size=batch_size,
         **options,
     )
     averaged = run_training(stage, work, limit, on_progress, stop_after)
-    schedule = few_step_schedule(teacher, method, steps)
+    schedule = few_step_schedule(teacher, method, steps, sigma_shift)
     plot = work.plot("loss.png")
     save_trainable(
         trainable,

@@ -13,9 +13,8 @@ from transformers import T5EncoderModel
 
 from edgedit.converters.training.autoencoder import AUTOENCODER_CONFIG
 from edgedit.converters.training.calibration import PROMPTS_FILE
-from edgedit.converters.training.captions import caption
-from edgedit.converters.training.data import training_scenes
-from edgedit.converters.training.loop import load_file, step_rng
+from edgedit.converters.training.judging import captions_and_claims
+from edgedit.converters.training.loop import load_file
 from edgedit.converters.training.teacher import build_transformer
 from edgedit.converters.training.text_encoder import build_text_encoder
 from edgedit.converters.training.tokens import build_tokenizer, wrap_tokenizer
@@ -36,7 +35,10 @@ CALIBRATION_PROMPTS = 1000
 
 
 def build_scheduler(flow_shift: float = FLOW_SHIFT) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ 2M on the flow path."""
+    """DPM-Solver++ 2M on the flow path, for diffusers, whose PixArt pipeline takes no flow matching scheduler.
+
+    edgedit draws by the schedule in the folder's `edgedit.json`.
+    """
     return DPMSolverMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -81,12 +83,6 @@ def _name_tokenizer(folder: Path) -> None:
         path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
 
 
-def _captions(count: int) -> list[str]:
-    """Captions of training scenes, for what calibrates itself on the model."""
-    scenes = enumerate(training_scenes(count, seed=0))
-    return [caption(scene, step_rng(0, index, purpose=6))[0] for index, scene in scenes]
-
-
 def export_pipeline(
     run_dir: Path,
     folder: Path,
@@ -112,7 +108,8 @@ def export_pipeline(
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
     _name_tokenizer(temporary)
-    (temporary / PROMPTS_FILE).write_text("\n".join(_captions(CALIBRATION_PROMPTS)) + "\n", encoding="utf-8")
+    captions = [text for text, _ in captions_and_claims(CALIBRATION_PROMPTS)]
+    (temporary / PROMPTS_FILE).write_text("\n".join(captions) + "\n", encoding="utf-8")
     for kept in ("README.md", "edgedit.json"):
         if (folder / kept).exists():
             shutil.copy(folder / kept, temporary / kept)

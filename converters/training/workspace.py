@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 
 from edgedit.converters.training.calibration import Calibration, embed_prompts, sample_latents
 from edgedit.converters.training.denoisers import Denoiser, Text
+from edgedit.converters.training.judging import judge
 from edgedit.converters.training.loop import load_file, save_file
 from edgedit.converters.training.trajectory import sample_trajectories
 from edgedit.converters.work_folder import WorkFolder
@@ -85,12 +86,15 @@ class Workspace(WorkFolder):
         seed: int,
         device: torch.device,
         batch_size: int,
-        trajectory_steps: int | None = None,
+        levels: Sequence[float] | None = None,
+        from_noise_alone: bool = False,
+        keep_right: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Calibration:
         """Embedded prompts and the teacher's samples for them, made once and kept.
 
-        With `trajectory_steps` the points of the trajectories at the levels of so many steps are kept as well.
+        With `levels`, a few-step student's, the teacher's ways through them are kept as well (`trajectory`), with
+        `keep_right` also which of them end well (`judging`). `from_noise_alone` as in `sample_latents`.
         """
 
         def tell(stage: str) -> Callable[[int, int], None] | None:
@@ -105,7 +109,7 @@ class Workspace(WorkFolder):
         text, empty = Text(stored["states"], stored["mask"]), Text(stored["no_states"], stored["no_mask"])
         data = Calibration(text, empty, np.empty((0, *shape), np.float16), guidance_scale, seed, batch_size)
         if not latents_path.exists():
-            if trajectory_steps is None:
+            if levels is None:
                 drawn = sample_latents(
                     denoiser,
                     text,
@@ -116,13 +120,14 @@ class Workspace(WorkFolder):
                     seed=seed,
                     device=device,
                     batch_size=batch_size,
+                    from_noise_alone=from_noise_alone,
                     on_step=tell("draw samples"),
                 )
             else:
                 drawn = sample_trajectories(
                     denoiser,
                     data,
-                    steps=trajectory_steps,
+                    levels=levels,
                     shape=shape,
                     count=count,
                     device=device,
@@ -133,9 +138,14 @@ class Workspace(WorkFolder):
                 np.save(file, drawn)
             temporary.replace(latents_path)
         kept = np.load(latents_path)
-        if trajectory_steps is None:
+        if levels is None:
             return replace(data, latents=kept)
-        return replace(data, latents=kept[:, -1], states=kept[:, :-1])
+        data = replace(data, latents=kept[:, 1, -1], points=kept[:, 0], pictures=kept[:, 1])
+        if not keep_right:
+            return data
+        return replace(
+            data, right=judge(checkpoint, prompts, data.latents, device=device, on_step=tell("judge pictures"))
+        )
 
 
 def digest(text: str) -> str:

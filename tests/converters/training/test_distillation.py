@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from edgedit.converters.training.calibration import Calibration, draw_latents, n
 from edgedit.converters.training.denoisers import Denoiser, Text
 from edgedit.converters.training.distillation import METHODS, distill, few_step_schedule
 from edgedit.converters.training.trainable import open_trainable
-from edgedit.converters.training.trajectory import sample_trajectories, teacher_levels
+from edgedit.converters.training.trajectory import descent, sample_trajectories
 from edgedit.errors import InputError
 
 CPU = torch.device("cpu")
@@ -55,8 +57,8 @@ def known_case(kind: str, method: str) -> Any:
     text = Text(torch.zeros(1, 1, 4), torch.ones(1, 1))
     data = Calibration(text, text, latents, 1.0, 0, 8)
     if method == "trajectory":
-        points = sample_trajectories(teacher, data, steps=1, shape=(4, 8, 8), count=64, device=CPU)
-        data = replace(data, latents=points[:, -1], states=points[:, :-1])
+        ways = sample_trajectories(teacher, data, levels=[1.0], shape=(4, 8, 8), count=64, device=CPU)
+        data = replace(data, points=ways[:, 0], pictures=ways[:, 1])
     return METHODS[method](
         teacher, PixArtTransformer2DModel(kind), data, levels=[1.0], seed=0, device=CPU, batch_size=32
     )
@@ -99,15 +101,68 @@ def test_samples_can_be_drawn_again_from_their_noise() -> None:
     assert np.std(latents.astype(np.float32)) == pytest.approx(SPREAD, rel=0.15)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_a_trajectory_passes_through_the_levels_of_its_student(steps: int, checkpoints: dict[str, Path]) -> None:
-    for checkpoint in checkpoints.values():
-        denoiser = open_trainable(checkpoint).denoiser()
-        levels, where = teacher_levels(denoiser, steps)
-        assert levels[where].tolist() == denoiser.levels(steps)[:-1].tolist()
-        assert len(levels) > 12
-        assert (np.diff(levels) < 0).all()
-        assert levels[-1] == 0
+def test_a_teacher_that_draws_fresh_noise_gives_samples_with_the_spread_of_the_data() -> None:
+    flow = {"path": "flow", "prediction": "flow", "sampler": "lcm", "shift": 2.0}
+    model = Denoiser(PixArtTransformer2DModel("velocity"), flow)
+    text = Text(torch.zeros(1, 1, 4), torch.ones(1, 1))
+    given: dict[str, Any] = {"count": 6, "shape": (4, 16, 16), "guidance_scale": 1.0, "device": CPU, "batch_size": 3}
+    fresh, again, alone = (
+        sample_latents(model, text, text, seed=9, from_noise_alone=alone, **given).astype(np.float32)
+        for alone in (False, False, True)
+    )
+    np.testing.assert_array_equal(fresh, again)
+    # In few steps the means of what could be take some of the spread away: a Gaussian's is known.
+    spread, levels = 1.0, model.levels(20)
+    for now, then in itertools.pairwise(levels):
+        shrink = (1 - now) * SPREAD**2 / ((1 - now) ** 2 * SPREAD**2 + now**2)
+        spread = math.hypot((1 - then) * shrink * spread, then)
+    assert np.std(fresh) == pytest.approx(spread, rel=0.06)
+    assert np.std(alone) == pytest.approx(SPREAD, rel=0.06)
+    assert np.abs(fresh - alone).mean() > 0.1 * SPREAD
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_the_teacher_goes_down_to_nothing_from_every_level_of_its_student(
+    shift: float, checkpoints: dict[str, Path]
+) -> None:
+    flow = {"path": "flow", "prediction": "flow", "sampler": "euler", "shift": shift}
+    for denoiser in (
+        Denoiser(PixArtTransformer2DModel("velocity"), flow),
+        *(open_trainable(checkpoint).denoiser() for checkpoint in checkpoints.values()),
+    ):
+        for level in denoiser.levels(4)[:-1]:
+            levels = descent(denoiser, level)
+            assert levels[0] == level
+            assert 6 < len(levels) <= 13
+            assert (np.diff(levels) < 0).all()
+            assert levels[-1] == 0
+
+
+def test_ways_set_out_where_the_student_will_be_called() -> None:
+    stage = known_case("velocity", "lcm")
+    levels = [1.0, 0.7, 0.3]
+    ways = sample_trajectories(stage.teacher, stage.calibration, levels=levels, shape=(4, 8, 8), count=40, device=CPU)
+    points, pictures = ways.astype(np.float64).swapaxes(0, 1)
+    for number, level in enumerate(levels):
+        spread = math.hypot((1 - level) * SPREAD, level)
+        assert np.std(points[:, number]) == pytest.approx(spread, rel=0.05)
+        assert np.std(pictures[:, number]) == pytest.approx(SPREAD, rel=0.1)
+        if number:
+            fresh = points[:, number] - (1 - level) * pictures[:, number - 1]
+            assert np.std(fresh) == pytest.approx(level, rel=0.05)
+            assert abs(np.corrcoef(fresh.ravel(), pictures[:, number - 1].ravel())[0, 1]) < 0.05
+
+
+def test_only_pictures_that_are_right_are_learnt_from() -> None:
+    stage = known_case("velocity", "trajectory")
+    right = np.arange(64) % 3 == 0
+    spoiled = np.where(right[:, None, None, None, None], stage.calibration.pictures, np.float16(np.nan))
+    data = replace(stage.calibration, pictures=spoiled, right=right)
+    options: dict[str, Any] = {"levels": [1.0], "seed": 0, "device": CPU, "batch_size": 32}
+    careful = METHODS["trajectory"](stage.teacher, stage.student.network, data, **options)
+    assert math.isfinite(careful.loss(0).item())
+    with pytest.raises(InputError, match=r"2 of 64 .* give more --samples"):
+        METHODS["trajectory"](stage.teacher, stage.student.network, replace(data, right=np.arange(64) < 2), **options)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +211,11 @@ def test_a_consistency_model_also_draws_in_fewer_steps_and_dmd_does_not(checkpoi
     assert few_step_schedule(teacher, "lcm", 4)["timesteps"] == [[999, 749, 500, 250], [999, 500], [999]]
     assert few_step_schedule(teacher, "trajectory", 4) == few_step_schedule(teacher, "lcm", 4)
     assert few_step_schedule(teacher, "dmd", 4)["timesteps"] == [[999, 749, 500, 250]]
+    flow = open_trainable(checkpoints["flow"]).denoiser()
+    four, two, one = few_step_schedule(flow, "trajectory", 4, 3.0)["sigmas"]
+    np.testing.assert_allclose(four, [1, 0.9, 0.75, 0.5])
+    assert two == [four[0], four[2]]
+    assert one == [1]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +225,9 @@ def test_a_consistency_model_also_draws_in_fewer_steps_and_dmd_does_not(checkpoi
         ({"steps": 3}, "choose 1, 2, 4"),
         ({"train_steps": 0}, "more than nothing"),
         ({"budget": 3.0}, "not both"),
+        ({"sigma_shift": 3.0}, "for a flow model"),
+        ({"keep_right": True}, "does nothing for --method lcm"),
+        ({"keep_right": True, "method": "trajectory"}, "only the prompts of the embedded model's"),
     ],
 )
 def test_options_without_sense_are_refused(
