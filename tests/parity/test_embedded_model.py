@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx_blas  # noqa: F401  (before MLX)
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import edgedit
 from edgedit.api import BUILTIN
@@ -60,9 +62,35 @@ def test_the_picture_of_the_demo_is_what_its_prompt_says(pipe: edgedit.Pipeline)
     assert score.all_right, score.wrong
 
 
-def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit.Pipeline) -> None:
+class FreshNoise(FlowMatchEulerDiscreteScheduler):
+    """With the two members, trivial on this path, that the PixArt pipeline asks a scheduler for."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float) -> torch.Tensor:
+        return sample
+
+
+def fresh_noise(reference: Any) -> dict[str, Any]:
+    """The scheduler that `edgedit.json` means, and what to call the pipeline with."""
+    config = json.loads((CHECKPOINT / "edgedit.json").read_text())
+    steps, shift = config["recommended"]["steps"], config["schedule"]["shift"]
+    reference.scheduler = FreshNoise(shift=shift, stochastic_sampling=True)
+    return {"sigmas": np.linspace(1, 1 / steps, steps).tolist()}
+
+
+def folders_own(reference: Any) -> dict[str, Any]:
+    """The scheduler that diffusers finds in the folder."""
+    return {}
+
+
+@pytest.mark.parametrize(("sampler", "arrange"), [(None, fresh_noise), ("dpmpp_2m", folders_own)])
+def test_pictures_agree_with_diffusers_at_the_recommended_settings(
+    sampler: str | None, arrange: Callable[[Any], dict[str, Any]], pipe: edgedit.Pipeline
+) -> None:
     reference = DiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
+    options = arrange(reference)
     recommended, limit = pipe.bundle.manifest.recommended, pipe.bundle.manifest.prompt
     assert recommended is not None
     assert limit is not None
@@ -76,10 +104,11 @@ def test_pictures_agree_with_diffusers_at_the_recommended_settings(pipe: edgedit
             use_resolution_binning=False,
             max_sequence_length=limit.positive.max_length,
             output_type="latent",
+            **options,
         )[0]
         with torch.no_grad():
             picture = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
-        result = pipe.generate(prompt, seed=seed, rng="torch")
+        result = pipe.generate(prompt, seed=seed, rng="torch", sampler=sampler)
         error = np.linalg.norm(result.latents - latents.numpy()) / np.linalg.norm(latents.numpy())
         assert error <= 1e-4, (prompt, seed)
         wanted = np.asarray(reference.image_processor.postprocess(picture, output_type="pil")[0], np.int16)
