@@ -36,6 +36,14 @@ def distill(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Steps to draw in: 1, 2 or 4.", show_default="4")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Learn from this one, such as the one that was linearized.",
+            show_default="the checkpoint itself",
+        ),
+    ] = None,
     width: Annotated[
         int | None, typer.Option(metavar="N", help="Channels of a tiny decoder.", show_default="64")
     ] = None,
@@ -83,7 +91,7 @@ def distill(
     """
     need_training()
     for_steps = {"--method": method, "--steps": steps, "--guidance": guidance_scale, "--sigma-shift": sigma_shift}
-    for_steps["--keep-right"] = keep_right or None
+    for_steps |= {"--keep-right": keep_right or None, "--teacher": teacher}
     if component not in ("transformer", "decoder"):
         raise InputError(f"--component {component!r} cannot be distilled; choose transformer or decoder")
     stray = for_steps if component == "decoder" else {"--width": width}
@@ -100,7 +108,7 @@ def distill(
     }
     chosen: dict[str, object] = {"learning_rate": learning_rate, "batch_size": batch_size, "width": width}
     chosen |= {"method": method, "steps": steps, "guidance_scale": guidance_scale, "sigma_shift": sigma_shift}
-    chosen["keep_right"] = keep_right or None
+    chosen |= {"keep_right": keep_right or None, "teacher": teacher}
     given |= {name: value for name, value in chosen.items() if value is not None}
     report: DistillationReport | DecoderReport
     with make_progress(quiet=quiet) as progress:

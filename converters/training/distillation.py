@@ -28,7 +28,7 @@ from edgedit.converters.training.jobs import (
     weights_of,
 )
 from edgedit.converters.training.teacher import PlainAttention
-from edgedit.converters.training.trainable import check_output, open_trainable, save_trainable
+from edgedit.converters.training.trainable import Trainable, check_output, open_trainable, save_trainable
 from edgedit.converters.training.trajectory import TrajectoryStage
 from edgedit.converters.training.workspace import OnProgress, Workspace, digest
 from edgedit.errors import InputError
@@ -101,6 +101,7 @@ def distill(
     *,
     method: str = "lcm",
     steps: int = 4,
+    teacher: str | Path | None = None,
     calibration: str = "self",
     budget: float | None = None,
     train_steps: int | None = None,
@@ -124,6 +125,8 @@ def distill(
         output: the checkpoint to make: a pipeline folder whose `edgedit.json` states the schedule, and `loss.png`.
         method: a key of `METHODS` (see `distill`).
         steps: 1, 2 or 4.
+        teacher: another pipeline folder of the same latents and text encoder to learn from, such as the one that the
+            source was linearized from; the source itself by default.
         calibration: a text file of prompts, one a line, or "self".
         budget: seconds of training; half an hour by default.
         train_steps: training steps instead, for a result that does not depend on the machine's speed.
@@ -152,13 +155,15 @@ def distill(
     target = Path(output)
     check_output(target)
     trainable = open_trainable(source)
+    guide = trainable if teacher is None else _open_teacher(teacher, trainable)
     prompts = read_prompts(calibration, trainable.path)
     count = samples if samples is not None else max(64, min(2048, 4 * len(prompts)))
-    scale = default_guidance(trainable) if guidance_scale is None else guidance_scale
+    scale = default_guidance(guide) if guidance_scale is None else guidance_scale
     work = Workspace(
         target,
         {
             "source": str(trainable.path.resolve()),
+            "teacher": str(guide.path.resolve()),
             "method": [method, steps, learning_rate, sigma_shift, keep_right],
             "prompts": digest("\n".join(prompts)),
             "budget": [limit.seconds, limit.steps],
@@ -167,14 +172,15 @@ def distill(
         },
     )
     place = pick_device(device)
-    trainable.transformer.to(place).eval().requires_grad_(False)
-    if place.type == "cpu":
-        trainable.transformer.set_attn_processor(PlainAttention())
-    teacher = trainable.denoiser()
-    levels = [float(level) for level in teacher.levels(steps, sigma_shift)[:-1]]
+    for network in {id(each): each.transformer for each in (trainable, guide)}.values():
+        network.to(place).eval().requires_grad_(False)
+        if place.type == "cpu":
+            network.set_attn_processor(PlainAttention())
+    denoiser = guide.denoiser()
+    levels = [float(level) for level in denoiser.levels(steps, sigma_shift)[:-1]]
     data = work.calibration(
-        trainable.path,
-        teacher,
+        guide.path,
+        denoiser,
         prompts,
         count=count,
         shape=latent_shape(trainable),
@@ -190,7 +196,7 @@ def distill(
     student = copy.deepcopy(trainable.transformer).requires_grad_(True)
     options: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
     stage = METHODS[method](
-        teacher,
+        denoiser,
         student,
         data,
         levels=levels,
@@ -200,7 +206,7 @@ def distill(
         **options,
     )
     averaged = run_training(stage, work, limit, on_progress, stop_after)
-    schedule = few_step_schedule(teacher, method, steps, sigma_shift)
+    schedule = few_step_schedule(denoiser, method, steps, sigma_shift)
     plot = work.plot("loss.png")
     save_trainable(
         trainable,
@@ -212,6 +218,24 @@ def distill(
     losses = work.first_and_last()
     work.remove()
     return DistillationReport(target, method, steps, scale, schedule, losses, time.monotonic() - began)
+
+
+def _open_teacher(teacher: str | Path, student: Trainable) -> Trainable:
+    """Raises InputError when it draws or reads something else than the student."""
+    opened = open_trainable(teacher)
+    given, wanted = (
+        {
+            "latents": latent_shape(each),
+            "path": each.schedule["path"],
+            "prediction": each.schedule["prediction"],
+            "width of the prompt": each.transformer.config.caption_channels,
+        }
+        for each in (opened, student)
+    )
+    for name, value in given.items():
+        if value != wanted[name]:
+            raise InputError(f"--teacher {teacher} has another {name} ({value}) than the student ({wanted[name]})")
+    return opened
 
 
 def _student_weights(averaged: Mapping[str, torch.Tensor], method: str) -> dict[str, torch.Tensor]:

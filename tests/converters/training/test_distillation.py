@@ -237,6 +237,40 @@ def test_options_without_sense_are_refused(
         distill(checkpoints["vp"], tmp_path / "new", **{**QUICK, **options})
 
 
+def test_another_checkpoint_can_be_the_teacher(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    build_pipeline("sana", int(np.random.default_rng().integers(2**31))).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "calibration.txt").write_text("a red circle\na blue star\n")
+    for teacher in (None, tmp_path / "teacher"):
+        name = "alone" if teacher is None else "taught"
+        with pytest.raises(KeyboardInterrupt):
+            distill(
+                checkpoints["flow"],
+                tmp_path / name,
+                method="trajectory",
+                steps=2,
+                teacher=teacher,
+                stop_after=2,
+                **QUICK,
+            )
+    drawn = {name: np.load(tmp_path / f".{name}.work" / "latents.npy") for name in ("alone", "taught")}
+    stored = torch.load(tmp_path / ".taught.work" / "text.pt", weights_only=True)
+    text, empty = Text(stored["states"], stored["mask"]), Text(stored["no_states"], stored["no_mask"])
+    denoiser = open_trainable(tmp_path / "teacher").denoiser()
+    denoiser.network.eval()
+    known = Calibration(text, empty, np.empty(0, np.float16), 3.0, 0, 4)
+    levels = [float(level) for level in denoiser.levels(2)[:-1]]
+    again = sample_trajectories(denoiser, known, levels=levels, shape=drawn["taught"].shape[3:], count=8, device=CPU)
+    # bfloat16 products, in other kernels: near, and far from what the student itself would have drawn
+    far = {name: float(np.linalg.norm(pictures.astype(np.float32) - again)) for name, pictures in drawn.items()}
+    assert far["taught"] < 0.25 * far["alone"], far
+
+
+def test_a_teacher_of_other_latents_or_another_path_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--teacher .* has another (latents|path) "):
+        distill(checkpoints["flow"], tmp_path / "new", teacher=checkpoints["vp"], **QUICK)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_consistency_model_of_another_kind_cannot_be_distilled(tmp_path: Path) -> None:
     build_pipeline("sana-sprint", 1).save_pretrained(tmp_path / "sprint")
     with pytest.raises(InputError, match="give its teacher"):
