@@ -111,7 +111,7 @@ class Recipe:
         make_solver(name, schedule)
         cache = parse_step_cache(step_cache)
         if cache is not None:
-            cache.check(schedule.steps)
+            cache.check(schedule.steps, name)
             if tile is not None:
                 raise InputError("a step cache knows one picture, not its windows; leave it or the denoise tile out")
         if rng not in KINDS:

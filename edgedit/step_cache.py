@@ -25,6 +25,8 @@ from edgedit.parts import FRONT, REAR, PartedSession
 
 __all__ = ["LEAST_STEPS", "CachedTransformer", "StepCache", "parse_step_cache"]
 
+#: Samplers that replace all noise after every step, so that a step says little of the next.
+ALL_FRESH = frozenset({"lcm", "dmd", "scm"})
 #: Schedules of fewer steps are refused.
 LEAST_STEPS = 5
 #: Steps at the start that `taylor` computes, to have differences to extrapolate.
@@ -59,12 +61,19 @@ class StepCache:
             return f"first-block:{self.threshold:g}"
         return f"{self.kind}:{self.interval}:{self.order if self.kind == 'taylor' else format(self.boundary, 'g')}"
 
-    def check(self, steps: int) -> None:
-        """Raises InputError for a schedule that is too short."""
-        if not self.never and steps < LEAST_STEPS:
+    def check(self, steps: int, sampler: str) -> None:
+        """Raises InputError for a schedule that is too short, or a sampler whose steps do not resemble each other."""
+        if self.never:
+            return
+        if steps < LEAST_STEPS:
             raise InputError(
                 f"a step cache reuses what changes little between steps, and {steps} steps are too few for that; "
                 f"leave it out, or draw in at least {LEAST_STEPS}"
+            )
+        if sampler in ALL_FRESH:
+            raise InputError(
+                f"a step cache reuses what changes little between steps, and sampler {sampler} draws all noise afresh "
+                "after each; leave it out, or choose another sampler, such as dpmpp_2m or euler"
             )
 
     def omits(self, step: int, steps: int, last_full: int | None, change: float) -> tuple[int, ...]:

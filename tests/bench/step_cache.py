@@ -22,7 +22,9 @@ from edgedit.converters.training.similarity import psnr
 POLICIES = ("taylor:2", "taylor:3", "taylor:4", "delta:2", "delta:3", "first-block:0.1", "first-block:0.2")
 
 
-def measure(bundle: str, count: int, steps: int | None, policies: Sequence[str], threads: int | None) -> list[str]:
+def measure(
+    bundle: str, count: int, steps: int | None, policies: Sequence[str], threads: int | None, sampler: str | None
+) -> list[str]:
     """Rows of a Markdown table, the first one without a cache."""
     prompts = held_out_prompts(count, seed=11)
     names = ["off", *policies]
@@ -41,6 +43,7 @@ def measure(bundle: str, count: int, steps: int | None, policies: Sequence[str],
                     prompt.text,
                     seed=prompt.seed,
                     steps=steps,
+                    sampler=sampler,
                     step_cache=name,
                     decode=False,
                     on_step=lambda state, seen=seen: seen.append(state.reused),
@@ -69,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle", nargs="?", default="builtin")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--sampler", help="the bundle's own by default; none that draws all noise afresh")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     options = parser.parse_args(arguments)
-    rows = measure(options.bundle, options.prompts, options.steps, options.policies, options.threads)
+    rows = measure(options.bundle, options.prompts, options.steps, options.policies, options.threads, options.sampler)
     print("\n".join(rows))
 
 

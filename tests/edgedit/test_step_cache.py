@@ -223,6 +223,11 @@ def test_a_policy_reads_back_from_its_own_text(text: str) -> None:
 def test_schedules_of_few_steps_and_backends_without_parts_are_refused(
     deep: tuple[Any, edgedit.Pipeline], tmp_path: Path
 ) -> None:
+    with edgedit.load() as pipe:
+        for policy in ("taylor:2", "delta:2", "first-block:0.1"):
+            with pytest.raises(InputError, match="sampler lcm draws all noise afresh"):
+                pipe.generate("a red circle", step_cache=policy, seed=1)
+        assert pipe.generate("a red circle", step_cache="taylor:1", seed=1, steps=2, decode=False).recipe["steps"] == 2
     with pytest.raises(InputError, match="4 steps are too few"):
         drawn(deep[1], "taylor:2", steps=4)
     build_pipeline("pixart-sigma", 1).save_pretrained(tmp_path / "model")
