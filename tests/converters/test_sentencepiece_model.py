@@ -70,9 +70,11 @@ def random_text(rng: random.Random) -> str:
 
 
 def has_loose_marks(text: str) -> bool:
-    """Whether combining marks or half-width jamo stand in the text by themselves. The tokenizers library normalizes
-    grapheme by grapheme and sentencepiece by longest match, so there the two may differ, as transformers' does."""
-    return any(unicodedata.category(c)[0] == "M" or 0xFFA0 <= ord(c) <= 0xFFDC for c in text)
+    """Whether combining marks, joiners or half-width jamo stand in the text by themselves. The tokenizers library
+    normalizes grapheme by grapheme and sentencepiece by longest match, so there the two may differ, as transformers'
+    does."""
+    joiners = "\u200c\u200d"
+    return any(unicodedata.category(c)[0] == "M" or c in joiners or 0xFFA0 <= ord(c) <= 0xFFDC for c in text)
 
 
 @pytest.fixture(scope="module")

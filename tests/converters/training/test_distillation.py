@@ -262,7 +262,7 @@ def test_another_checkpoint_can_be_the_teacher(checkpoints: dict[str, Path], tmp
     again = sample_trajectories(denoiser, known, levels=levels, shape=drawn["taught"].shape[3:], count=8, device=CPU)
     # bfloat16 products, in other kernels: near, and far from what the student itself would have drawn
     far = {name: float(np.linalg.norm(pictures.astype(np.float32) - again)) for name, pictures in drawn.items()}
-    assert far["taught"] < 0.25 * far["alone"], far
+    assert far["taught"] < 0.5 * far["alone"], far
 
 
 def test_a_teacher_of_other_latents_or_another_path_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
