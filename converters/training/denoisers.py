@@ -107,7 +107,7 @@ class Denoiser:
         On the flow path `shift` takes the place of the checkpoint's own. Raises InputError for one that makes no sense.
         """
         if shift is not None and (self._levels is not None or not shift > 0):
-            raise InputError("a sigma shift is a number above 0, for a flow model")
+            raise InputError("a sigma shift is a number above 0, for a flow model; give such a number, or leave it out")
         if self._levels is not None:
             last = len(self._levels) - 1
             steps = np.round(np.linspace(last, 0, count + 1)[:-1]).astype(int)

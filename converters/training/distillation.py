@@ -234,7 +234,10 @@ def _open_teacher(teacher: str | Path, student: Trainable) -> Trainable:
     )
     for name, value in given.items():
         if value != wanted[name]:
-            raise InputError(f"--teacher {teacher} has another {name} ({value}) than the student ({wanted[name]})")
+            raise InputError(
+                f"--teacher {teacher} has another {name} ({value}) than the student ({wanted[name]}); "
+                "give the checkpoint that the student was made from, or leave it out"
+            )
     return opened
 
 
