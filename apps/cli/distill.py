@@ -29,12 +29,13 @@ def distill(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="lcm, scm (consistency models), dmd, or trajectory (regression of the teacher's ends).",
+            help="lcm, scm (consistency), dmd, trajectory (the teacher's ends), or guidance (steps of half the work).",
             show_default="lcm",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps to draw in: 1, 2 or 4.", show_default="4")
+        int | None,
+        typer.Option(metavar="N", help="Steps to draw in: 1, 2 or 4; any for guidance.", show_default="4, or its own"),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -126,7 +127,7 @@ def distill(
             from edgedit.converters.training.distillation import distill as run
 
             few = run(checkpoint, output, on_progress=tell, **given)  # type: ignore[arg-type]
-            report, made = few, f"{few.method}, {few.steps} steps"
+            report, made = few, f"{few.method}, {few.steps} step{'s' * (few.steps != 1)}"
     if as_json:
         print_json(report.as_dict())
     elif quiet:

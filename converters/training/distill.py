@@ -1,8 +1,11 @@
 """Many steps to few: ways to train a student that draws in one to four steps, guidance included.
 
-All work on the straight path of `denoisers`, so they serve flow and variance-preserving teachers alike, and all
-give a student that is used alike: at each level of a short table it estimates the clean latents, x_0 = x - s v(x, s),
-and fresh noise leads to the next level. The teacher's own samples stand in for data.
+All work on the straight path of `denoisers`, so they serve flow and variance-preserving teachers alike. The teacher's
+own samples stand in for data. All but "guidance" give a student that is used alike: at each level of a short table it
+estimates the clean latents, x_0 = x - s v(x, s), and fresh noise leads to the next level.
+
+* `GuidanceStage` ("guidance"): as many steps as before, each with one call and not two (Meng et al., "On Distillation
+  of Guided Diffusion Models", 2023, section 3.1, for one scale).
 
 * `ConsistencyStage` ("lcm"): two neighbouring points of the teacher's trajectory give the same x_0 (Luo et al., "Latent
   Consistency Models", 2023, algorithm 1; without the averaged target network, after Song and Dhariwal, "Improved
@@ -35,7 +38,15 @@ from edgedit.converters.training.calibration import Calibration, noise_of_sample
 from edgedit.converters.training.denoisers import Denoiser, Text, guided
 from edgedit.converters.training.loop import autocast, step_rng
 
-__all__ = ["HUBER", "ConsistencyStage", "ContinuousStage", "DistillationStage", "MatchingStage", "first_latents"]
+__all__ = [
+    "HUBER",
+    "ConsistencyStage",
+    "ContinuousStage",
+    "DistillationStage",
+    "GuidanceStage",
+    "MatchingStage",
+    "first_latents",
+]
 
 TRAJECTORY_STEPS = 40
 """Points of the teacher's trajectory for "lcm" (its own 50 for Stable Diffusion; a straighter path needs fewer)."""
@@ -125,6 +136,29 @@ class DistillationStage(ABC):
     def numbers(self, values: npt.NDArray[np.float64]) -> Tensor:
         """A float32 tensor on the device."""
         return torch.from_numpy(np.asarray(values, np.float32)).to(self.device)
+
+
+class GuidanceStage(DistillationStage):
+    """ "guidance"."""
+
+    def __init__(self, *arguments: Any, learning_rate: float = 3e-4, **named: Any) -> None:
+        super().__init__(*arguments, learning_rate=learning_rate, **named)
+
+    def loss(self, step: int) -> Tensor:
+        """Mean squared distance from the teacher's velocity under guidance, or from its noise where it predicts that.
+
+        A velocity made of predicted noise is divided by 1 - s, which vanishes at the noisiest level.
+        """
+        rng = step_rng(self.seed, step, purpose=25)
+        _, clean, text, noise = self.draw(rng)
+        s = self.numbers(self.teacher.sample_levels(self.batch_size, rng))
+        x = (1 - _column(s)) * clean + _column(s) * noise
+        velocity = self.guided(x, s, text)
+        with autocast(self.device):
+            error = self.student(x, s, text) - velocity
+        if self.teacher.prediction == "epsilon":
+            error = error * _column(1 - s)
+        return error.square().mean()
 
 
 class ConsistencyStage(DistillationStage):

@@ -1,4 +1,4 @@
-"""`distill`: from a many-step checkpoint to one that draws in a few steps, in one resumable call."""
+"""`distill`: from a checkpoint to one that draws in few steps, or in steps of half the work, in one resumable call."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from edgedit.converters.training.distill import (
     ConsistencyStage,
     ContinuousStage,
     DistillationStage,
+    GuidanceStage,
     MatchingStage,
 )
 from edgedit.converters.training.jobs import (
@@ -41,6 +42,7 @@ METHODS: Mapping[str, Callable[..., DistillationStage]] = {
     "scm": ContinuousStage,
     "dmd": MatchingStage,
     "trajectory": TrajectoryStage,
+    "guidance": GuidanceStage,
 }
 """Methods by the command line's names."""
 
@@ -100,7 +102,7 @@ def distill(
     output: str | Path,
     *,
     method: str = "lcm",
-    steps: int = 4,
+    steps: int | None = None,
     teacher: str | Path | None = None,
     calibration: str = "self",
     budget: float | None = None,
@@ -124,7 +126,7 @@ def distill(
         source: a pipeline folder, also one that `linearize` made.
         output: the checkpoint to make: a pipeline folder whose `edgedit.json` states the schedule, and `loss.png`.
         method: a key of `METHODS` (see `distill`).
-        steps: 1, 2 or 4.
+        steps: 1, 2 or 4 (the default); with "guidance" any number to recommend, by default the checkpoint's own.
         teacher: another pipeline folder of the same latents and text encoder to learn from, such as the one that the
             source was linearized from; the source itself by default.
         calibration: a text file of prompts, one a line, or "self".
@@ -148,8 +150,6 @@ def distill(
     limit = training_budget(budget, train_steps)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
-    if steps not in STEP_COUNTS:
-        raise InputError(f"--steps {steps} is not possible; choose {', '.join(map(str, STEP_COUNTS))}")
     if keep_right and method != "trajectory":
         raise InputError(f"--keep-right does nothing for --method {method}; leave it out, or choose trajectory")
     target = Path(output)
@@ -159,6 +159,12 @@ def distill(
     prompts = read_prompts(calibration, trainable.path)
     count = samples if samples is not None else max(64, min(2048, 4 * len(prompts)))
     scale = default_guidance(guide) if guidance_scale is None else guidance_scale
+    steps = _steps(steps, method, trainable)
+    if method == "guidance" and (scale == 1 or sigma_shift is not None):
+        raise InputError(
+            "--method guidance learns guidance and keeps the checkpoint's schedule; "
+            + ("give a --guidance above 1" if scale == 1 else "leave --sigma-shift out")
+        )
     work = Workspace(
         target,
         {
@@ -206,7 +212,7 @@ def distill(
         **options,
     )
     averaged = run_training(stage, work, limit, on_progress, stop_after)
-    schedule = few_step_schedule(denoiser, method, steps, sigma_shift)
+    schedule = trainable.schedule if method == "guidance" else few_step_schedule(denoiser, method, steps, sigma_shift)
     plot = work.plot("loss.png")
     save_trainable(
         trainable,
@@ -218,6 +224,19 @@ def distill(
     losses = work.first_and_last()
     work.remove()
     return DistillationReport(target, method, steps, scale, schedule, losses, time.monotonic() - began)
+
+
+def _steps(steps: int | None, method: str, trainable: Trainable) -> int:
+    """Raises InputError for a number that the method cannot have."""
+    if method == "guidance":
+        steps = int(trainable.settings.get("recommended", {}).get("steps", 20)) if steps is None else steps
+        if steps < 1:
+            raise InputError(f"--steps {steps} is not possible; give 1 or more")
+        return steps
+    steps = 4 if steps is None else steps
+    if steps not in STEP_COUNTS:
+        raise InputError(f"--steps {steps} is not possible; choose {', '.join(map(str, STEP_COUNTS))}")
+    return steps
 
 
 def _open_teacher(teacher: str | Path, student: Trainable) -> Trainable:

@@ -118,6 +118,10 @@ def begin_from(folder: Path, run_dir: Path) -> None:
             save_file({"averaged": module.state_dict()}, run_dir / path)
 
 
+def _load_transformer(folder: Path) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+
+
 def train_transformer(
     run_dir: Path,
     budget: Budget,
@@ -128,16 +132,17 @@ def train_transformer(
     batch_size: int,
     compiled: bool,
     source: Path | None = None,
+    guide: Path | None = None,
     **options: Any,
 ) -> None:
     """Trains the transformer on cached latents and the finished text encoder, from the weights of `source` if any.
 
-    `options` are those of `TeacherStage`.
+    `guide` is the pipeline folder of a `TeacherStage`'s guide, `options` are others of that class.
     """
     begin = None
     if source is not None:
         begin_from(source, run_dir)
-        begin = PixArtTransformer2DModel.from_pretrained(source / "transformer", torch_dtype=torch.float32)
+        begin = _load_transformer(source)
     _, latents, scenes = _training_set(run_dir, seed=seed, count=scene_count, device=device)
     text_encoder = load_text_encoder(run_dir / "text-encoder-final.pt")
     stage = TeacherStage(
@@ -149,6 +154,7 @@ def train_transformer(
         batch_size=batch_size,
         compiled=compiled,
         transformer=begin,
+        guide=None if guide is None else _load_transformer(guide),
         **options,
     )
     averaged = run_stage(stage, run_dir, budget, log=_say, log_every=100, save_every=100)
@@ -179,6 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--weighted-steps", type=int, default=0, help="so many first steps of it weigh errors more where objects are"
     )
+    parser.add_argument("--guide", type=Path, metavar="FOLDER", help="train in this pipeline's guidance")
+    parser.add_argument("--guidance-scale", type=float, default=None, help="how much of it (2.5)")
+    parser.add_argument(
+        "--borrowed-steps",
+        type=int,
+        default=0,
+        help="so many first steps learn the guide's velocity, not the pictures'",
+    )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="train on from this pipeline")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pipeline here at the end")
@@ -192,8 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--steps and --budget must be positive")
     if options.source is not None and options.stage != "transformer":
         parser.error("--from goes with --stage transformer: the transformer alone is trained on")
-    if options.source is not None and not (options.source / "model_index.json").is_file():
-        parser.error(f"--from {options.source} is no pipeline folder (it has no model_index.json)")
+    if options.guide is not None and options.source is None:
+        parser.error("--guide goes with --from: guidance is trained into a transformer that draws already")
+    if options.guide is None and (options.guidance_scale is not None or options.borrowed_steps):
+        parser.error("--guidance-scale and --borrowed-steps go with --guide")
+    for name, folder in (("--from", options.source), ("--guide", options.guide)):
+        if folder is not None and not (folder / "model_index.json").is_file():
+            parser.error(f"{name} {folder} is no pipeline folder (it has no model_index.json)")
     seconds = options.budget if options.budget is not None else DEFAULT_BUDGET
 
     def budget(stage: str) -> Budget:
@@ -219,6 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
             batch_size=options.batch,
             compiled=not options.no_compile,
             source=options.source,
+            guide=options.guide,
+            guidance_scale=2.5 if options.guidance_scale is None else options.guidance_scale,
+            borrowed_steps=options.borrowed_steps,
             learning_rate=options.learning_rate,
             sigma_shift=options.sigma_shift,
             weighted_steps=options.weighted_steps,

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -115,6 +116,40 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same(
     for path in (whole / "onnx").iterdir():
         assert path.read_bytes() == (bundle / "onnx" / path.name).read_bytes(), path.name
     assert not (tmp_path / ".again.edgedit.work").exists()
+
+
+OFF = {"int": "bits = 4, block = 64", "fp4": 'bits = 4, block = 64, format = "fp4"'}
+
+
+@pytest.mark.parametrize("format", OFF)
+def test_with_every_method_off_the_weights_are_those_without_methods_bit_for_bit(
+    format: str, quantizable: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """A layer's methods touch that layer alone, and a method that is off touches nothing."""
+    off = f'{OFF[format]}, rounding = "nearest", rotate = false, activations = "none"'
+    recipe = tmp_path / "off.toml"
+    recipe.write_text(f'[transformer]\n"*" = {{{off}}}\n')
+    plain, written, one = (tmp_path / f"{name}.edgedit" for name in ("plain", "off", "one"))
+    edgedit.convert(
+        quantizable, plain, dtype={"int": "w4"}.get(format, format), components=("transformer",), measure=False
+    )
+    edgedit.convert(quantizable, written, dtype=str(recipe), components=("transformer",), measure=False)
+    for path in (plain / "onnx").iterdir():
+        assert path.read_bytes() == (written / "onnx" / path.name).read_bytes(), path.name
+
+    treated = "transformer_blocks.0.ff.net.2"
+    recipe.write_text(recipe.read_text() + f'"{treated}" = {{{OFF[format]}, rounding = "adaptive"}}\n')
+    convert(quantizable, one, prompts, dtype=str(recipe))
+    before, after = (weights(bundle) for bundle in (plain, one))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(treated) for name in changed), changed
+
+
+def weights(bundle: Path) -> dict[str, np.ndarray]:
+    graphs = [onnx.load(path).graph for path in sorted((bundle / "onnx").glob("*.onnx"))]
+    return {value.name: onnx.numpy_helper.to_array(value) for graph in graphs for value in graph.initializer}
 
 
 def damaged(source: Path, target: Path, key: str) -> Path:

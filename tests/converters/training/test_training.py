@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from edgedit.converters.training.export import (
 )
 from edgedit.converters.training.layout import object_cells
 from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file
-from edgedit.converters.training.teacher import PlainAttention, TeacherStage
+from edgedit.converters.training.teacher import PlainAttention, TeacherStage, build_transformer
 from edgedit.converters.training.text_encoder import TextStage, build_text_encoder
 from edgedit.converters.training.world import is_held_out, render
 
@@ -48,6 +49,39 @@ def teacher(seed: int) -> TeacherStage:
         batch_size=4,
         compiled=False,
     )
+
+
+def test_guidance_is_added_to_the_velocity_of_the_picture_or_of_the_guide() -> None:
+    seed = int(np.random.default_rng().integers(2**31))
+    latents = np.random.default_rng(seed).standard_normal((12, 4, 16, 16)).astype(np.float16)
+    torch.manual_seed(seed)
+    guide = build_transformer(TINY_TRANSFORMER)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    text_encoder = build_text_encoder(TINY_TEXT)
+
+    def loss(**options: Any) -> float:
+        stage = TeacherStage(
+            latents,
+            training_scenes(12, seed=3),
+            text_encoder,
+            seed=seed,
+            device=CPU,
+            batch_size=8,
+            compiled=False,
+            layout_weight=0.0,
+            transformer=copy.deepcopy(guide),
+            **options,
+        )
+        return stage.loss(5).item()
+
+    assert loss(guide=copy.deepcopy(guide), guidance_scale=1.0) == loss()
+    assert loss(guide=copy.deepcopy(guide), guidance_scale=1.0, borrowed_steps=6) == pytest.approx(0, abs=1e-9)
+    once, twice = (loss(guide=copy.deepcopy(guide), guidance_scale=g, borrowed_steps=6) for g in (2.0, 3.0))
+    assert twice == pytest.approx(4 * once, rel=1e-3), f"seed {seed}: what guidance adds grows with its scale"
+    assert once > 0
+    assert loss(guide=copy.deepcopy(guide), guidance_scale=2.0, borrowed_steps=5) not in (once, loss())
 
 
 def autoencoder(seed: int) -> AutoencoderStage:
@@ -230,10 +264,16 @@ def test_training_goes_on_from_a_published_folder(tmp_path: Path) -> None:
 def test_going_on_is_for_the_transformer_and_from_a_pipeline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options in (["--from", str(tmp_path)], ["--stage", "transformer", "--from", str(tmp_path)]):
+    stage = ["--stage", "transformer"]
+    for options, named in (
+        (["--from", str(tmp_path)], "--from"),
+        ([*stage, "--from", str(tmp_path)], "--from"),
+        ([*stage, "--guide", str(tmp_path)], "--guide goes with --from"),
+        ([*stage, "--guidance-scale", "2"], "go with --guide"),
+    ):
         with pytest.raises(SystemExit):
             train.main(["-o", str(tmp_path / "run"), *options])
-        assert "--from" in capsys.readouterr().err
+        assert named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
