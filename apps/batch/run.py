@@ -29,10 +29,10 @@ from edgedit.apps.batch.reporter import Reporter
 from edgedit.apps.batch.resources import share_machine
 from edgedit.apps.batch.store import Store
 from edgedit.apps.batch.worker import WorkerSettings
+from edgedit.autoencoder import check_decoder
 from edgedit.bundle import Bundle, open_bundle
 from edgedit.errors import InputError
 from edgedit.files import sha256_file
-from edgedit.pipeline import check_decoder
 
 __all__ = ["BatchRequest", "Summary", "run_batch"]
 

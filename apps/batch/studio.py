@@ -15,9 +15,9 @@ import numpy as np
 
 from edgedit.apps.batch.ledger import Picture
 from edgedit.apps.batch.recipe_book import RecipeBook
+from edgedit.autoencoder import DECODERS
 from edgedit.errors import EdgeditError, InputError
 from edgedit.metadata import encode_image
-from edgedit.pipeline import DECODERS
 
 if TYPE_CHECKING:
     from edgedit.denoise import StepState

@@ -259,6 +259,6 @@ class TeacherStage:
             torch.tensor([row] * len(noisy), device=self._device) for row in (encoding.ids, encoding.attention_mask)
         )
         with autocast(self._device):
-            plain = self._guide(text, mask, noisy, timestep)[0].float()
-            without = self._guide(self._states(ids, empty), empty, noisy, timestep)[0].float()
+            plain: Tensor = self._guide(text, mask, noisy, timestep)[0].float()
+            without: Tensor = self._guide(self._states(ids, empty), empty, noisy, timestep)[0].float()
         return (plain if borrowed else target) + self._extra_guidance * (plain - without)

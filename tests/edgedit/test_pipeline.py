@@ -49,7 +49,7 @@ def test_a_random_seed_is_told_and_draws_the_picture_again(pipe: edgedit.Pipelin
 def test_memory_settings_do_not_change_the_picture(bundle_path: Path, pipe: edgedit.Pipeline) -> None:
     with edgedit.load(bundle_path, low_ram=True, threads=1) as frugal:
         a = frugal.generate(PROMPT, seed=1, steps=3, guidance_scale=5.0)
-        assert list(frugal._sessions) == ["decoder"]
+        assert frugal.components.loaded == ["decoder"]
     b = pipe.generate(PROMPT, seed=1, steps=3, guidance_scale=5.0)
     assert np.linalg.norm(a.latents - b.latents) <= 1e-4 * np.linalg.norm(b.latents)
 

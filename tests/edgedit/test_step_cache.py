@@ -184,7 +184,7 @@ def test_guidance_in_one_batch_or_two_makes_the_same_picture(
         for interval in ((0.0, 1.0), (0.3, 0.8)):
             settings = {"guidance_scale": 4.0, "guidance_interval": interval}
             together, reused = drawn(deep[1], text, **settings)
-            monkeypatch.setattr("edgedit.pipeline.GUIDANCE_BATCH_TOKENS", 0)
+            monkeypatch.setattr("edgedit.transformer.GUIDANCE_BATCH_TOKENS", 0)
             apart, again = drawn(deep[1], text, **settings)
             monkeypatch.undo()
             assert reused == again

@@ -116,8 +116,8 @@ def test_guidance_in_one_batch_or_two_is_measured_and_used(bundle: Bundle, monke
     assert found.guidance_seconds == (1.0, 0.8)
     assert found.guidance_together is False
     with edgedit.load(bundle.path, threads=1) as pipe:
-        assert pipe._guides_together(found.tokens) is False
-        assert pipe._guides_together(found.tokens * 4) is True
+        assert pipe.transformer.guides_together(found.tokens) is False
+        assert pipe.transformer.guides_together(found.tokens * 4) is True
 
 
 def record(**changes: Any) -> TuningRecord:

@@ -92,6 +92,20 @@ def test_a_full_size_transformer_is_converted_in_minutes_and_bounded_memory(
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_second_size_costs_less_than_a_hundredth(name: str, tmp_path: Path) -> None:
+    save(MODELS[name], 4, tmp_path / "transformer")
+    bytes_of = {}
+    for sizes in ([(1024, 1024)], [(1024, 1024), (1280, 768)]):
+        target = tmp_path / f"{len(sizes)}.edgedit"
+        edgedit.convert(tmp_path / "transformer", target, to=("coreml",), dtype="fp16", sizes=sizes, measure=False)
+        package = target / open_bundle(target).artefact("transformer", "coreml").graph
+        bytes_of[len(sizes)] = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    growth = bytes_of[2] / bytes_of[1] - 1
+    print(f"{name}: a second size adds {100 * growth:.2f} % of {bytes_of[1] / 1e6:.0f} MB (4 layers)")
+    assert growth < 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_one_block_of_full_width_agrees_with_diffusers(name: str, tmp_path: Path) -> None:
     model = save(MODELS[name], 1, tmp_path / "transformer")
     target = tmp_path / "x.edgedit"
