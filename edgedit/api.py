@@ -12,8 +12,8 @@ from edgedit.device import cache_dir
 from edgedit.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from edgedit.converters.convert import ConversionReport
     from edgedit.converters.coreml import CoremlOptions
+    from edgedit.converters.report import ConversionReport
     from edgedit.verification import VerificationReport
 
 __all__ = ["BUILTIN", "convert", "load", "verify"]

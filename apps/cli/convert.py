@@ -13,8 +13,8 @@ from edgedit.apps.cli.tables import count, decibels, megabytes, print_json, prin
 from edgedit.errors import InputError
 
 if TYPE_CHECKING:
-    from edgedit.converters.convert import ArtefactReport, ComponentReport, ConversionReport
     from edgedit.converters.coreml import CoremlOptions
+    from edgedit.converters.report import ArtefactReport, ComponentReport, ConversionReport
 
 __all__ = ["convert"]
 
