@@ -25,7 +25,7 @@ from edgedit.converters.tensors import TensorRef
 from edgedit.example_inputs import example_inputs
 from edgedit.runtimes.onnx import CPU, OnnxSession
 
-__all__ = ["ARCHITECTURES", "TinyGraph"]
+__all__ = ["ARCHITECTURES", "HALF_PRECISION", "TinyGraph"]
 
 
 def _pixart(random: np.random.Generator, **fixed: Any) -> dict[str, Any]:
@@ -181,6 +181,32 @@ ARCHITECTURES: dict[str, _Draw] = {
 }
 
 
+#: Linear attention with heads as wide as published models have them. In a head of four channels every sixteenth query
+#: is zero after its ReLU, and float16 then decides whether 0 / 0 or a quotient of two small numbers is read.
+_WIDE_SANA: dict[str, Any] = {
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 64,
+}
+_WIDE_DC: dict[str, Any] = {
+    "attention_head_dim": 32,
+    "encoder_block_out_channels": [32, 64],
+    "decoder_block_out_channels": [32, 64],
+}
+
+#: What can be asked to agree in float16.
+HALF_PRECISION: dict[str, _Draw] = {
+    **{name: draw for name, draw in ARCHITECTURES.items() if not name.startswith(("sana", "sprint", "dc-"))},
+    "sana-wide": _architecture(sana.build_transformer, _sana, **_WIDE_SANA),
+    "sprint-wide": _architecture(
+        sana.build_transformer, _sana, guidance_embeds=True, qk_norm="rms_norm_across_heads", **_WIDE_SANA
+    ),
+    "dc-decoder-wide": _architecture(autoencoder_dc.build_decoder, _dc, **_WIDE_DC, **_RESAMPLED),
+    "dc-encoder-wide": _architecture(autoencoder_dc.build_encoder, _dc, **_WIDE_DC, **_RESAMPLED),
+}
+
+
 @dataclass
 class TinyGraph:
     """One architecture with a drawn configuration and weights. The same name and seed give the same network."""
@@ -193,7 +219,7 @@ class TinyGraph:
 
     def _bound(self) -> tuple[Component, ir.Model]:
         random = np.random.default_rng(self.seed)
-        component = ARCHITECTURES[self.name](random)
+        component = (ARCHITECTURES | HALF_PRECISION)[self.name](random)
         model = build(component)
         tensors = {}
         for key, value in model.graph.initializers.items():
