@@ -30,7 +30,7 @@ from edgedit.converters.training.export import (
     load_autoencoder,
     load_text_encoder,
 )
-from edgedit.converters.training.loop import Budget, run_stage, save_file, step_rng
+from edgedit.converters.training.loop import Budget, load_file, run_stage, save_file, step_rng
 from edgedit.converters.training.teacher import SIGMA_SHIFT, TeacherStage
 from edgedit.converters.training.text_encoder import TextStage
 from edgedit.converters.training.world import Scene, render, sample_scene
@@ -38,6 +38,7 @@ from edgedit.converters.training.world import Scene, render, sample_scene
 __all__ = [
     "begin_from",
     "main",
+    "mean_with",
     "parse_budget",
     "save_transformer",
     "train_autoencoder",
@@ -168,6 +169,16 @@ def save_transformer(averaged: Mapping[str, Tensor], path: Path) -> None:
     save_file({"averaged": weights}, path)
 
 
+def mean_with(folder: Path, path: Path) -> None:
+    """Replaces a run's averaged transformer by its mean with that of a pipeline folder.
+
+    Two ends of training that began alike draw better together than apart (Wortsman et al., "Model soups", 2022).
+    """
+    weights: dict[str, Tensor] = load_file(path)["averaged"]
+    others = _load_transformer(folder).state_dict()
+    save_file({"averaged": {name: (value + others[name]) / 2 for name, value in weights.items()}}, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m edgedit.converters.training.train", description=__doc__)
@@ -193,6 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=0,
         help="so many first steps learn the guide's velocity, not the pictures'",
     )
+    parser.add_argument(
+        "--mean-with", type=Path, metavar="FOLDER", help="at the end, the mean of the weights with this pipeline's"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="train on from this pipeline")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pipeline here at the end")
@@ -210,7 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--guide goes with --from: guidance is trained into a transformer that draws already")
     if options.guide is None and (options.guidance_scale is not None or options.borrowed_steps):
         parser.error("--guidance-scale and --borrowed-steps go with --guide")
-    for name, folder in (("--from", options.source), ("--guide", options.guide)):
+    if options.mean_with is not None and options.stage not in ("transformer", "all"):
+        parser.error("--mean-with is for the transformer's weights, and --stage says that another part is trained")
+    for name, folder in (("--from", options.source), ("--guide", options.guide), ("--mean-with", options.mean_with)):
         if folder is not None and not (folder / "model_index.json").is_file():
             parser.error(f"{name} {folder} is no pipeline folder (it has no model_index.json)")
     seconds = options.budget if options.budget is not None else DEFAULT_BUDGET
@@ -245,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
             sigma_shift=options.sigma_shift,
             weighted_steps=options.weighted_steps,
         )
+    if options.mean_with is not None:
+        mean_with(options.mean_with, options.output / TRANSFORMER)
     if options.export is not None:
         export_pipeline(options.output, options.export)
     return 0

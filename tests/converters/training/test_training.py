@@ -261,6 +261,17 @@ def test_training_goes_on_from_a_published_folder(tmp_path: Path) -> None:
             torch.testing.assert_close(value, before[name.removeprefix("transformer.")], atol=1e-4, rtol=0)
 
 
+def test_the_mean_of_two_ends_is_written(tmp_path: Path) -> None:
+    folder = write_tiny_scenes(tmp_path, tmp_path / "scenes", 3)
+    path = tmp_path / TRANSFORMER
+    stored = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
+    mine = {name: torch.randn_like(value) for name, value in stored.items() if name != "pos_embed.pos_embed"}
+    save_file({"averaged": mine}, path)
+    train.mean_with(folder, path)
+    for name, value in load_file(path)["averaged"].items():
+        torch.testing.assert_close(2 * value - mine[name], stored[name])
+
+
 def test_going_on_is_for_the_transformer_and_from_a_pipeline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +281,8 @@ def test_going_on_is_for_the_transformer_and_from_a_pipeline(
         ([*stage, "--from", str(tmp_path)], "--from"),
         ([*stage, "--guide", str(tmp_path)], "--guide goes with --from"),
         ([*stage, "--guidance-scale", "2"], "go with --guide"),
+        ([*stage, "--mean-with", str(tmp_path)], "--mean-with"),
+        (["--stage", "decoder", "--mean-with", str(tmp_path)], "transformer's weights"),
     ):
         with pytest.raises(SystemExit):
             train.main(["-o", str(tmp_path / "run"), *options])
