@@ -26,6 +26,7 @@ from edgedit.runtimes.mil_report import report
 pytestmark = pytest.mark.full
 
 SECONDS, PEAK = 360, 6e9
+COMPONENTS = ("transformer", "decoder")
 GUARD = """
 import json, resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -57,6 +58,21 @@ def pixart(layers: int) -> Any:
 
 
 MODELS = {"sana": sana, "pixart": pixart}
+
+
+def narrow_autoencoder(name: str) -> Any:
+    """As many levels as the model's own, since they say how many pixels a latent is, and next to no weights."""
+    if name == "pixart":
+        return diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8,) * 4,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+    half = {"block_types": ("ResBlock",) * 6, "block_out_channels": (8,) * 5 + (32,), "layers_per_block": (1,) * 6}
+    halves = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in half.items()}
+    return diffusers.AutoencoderDC(latent_channels=32, **halves)
 
 
 def save(make: Any, layers: int, folder: Path) -> Any:
@@ -93,11 +109,19 @@ def test_a_full_size_transformer_is_converted_in_minutes_and_bounded_memory(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_second_size_costs_less_than_a_hundredth(name: str, tmp_path: Path) -> None:
-    save(MODELS[name], 4, tmp_path / "transformer")
+    folder = tmp_path / "pipeline"
+    transformer = save(MODELS[name], 4, folder / "transformer")
+    autoencoder = narrow_autoencoder(name)
+    autoencoder.save_pretrained(folder / "vae")
+    index = {"_class_name": {"sana": "SanaPipeline", "pixart": "PixArtSigmaPipeline"}[name]}
+    parts = {"transformer": transformer, "vae": autoencoder}
+    index |= {part: ["diffusers", type(module).__name__] for part, module in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     bytes_of = {}
     for sizes in ([(1024, 1024)], [(1024, 1024), (1280, 768)]):
         target = tmp_path / f"{len(sizes)}.edgedit"
-        edgedit.convert(tmp_path / "transformer", target, to=("coreml",), dtype="fp16", sizes=sizes, measure=False)
+        options: dict[str, Any] = {"dtype": "fp16", "components": COMPONENTS, "sizes": sizes, "measure": False}
+        edgedit.convert(folder, target, to=("coreml",), **options)
         package = target / open_bundle(target).artefact("transformer", "coreml").graph
         bytes_of[len(sizes)] = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
     growth = bytes_of[2] / bytes_of[1] - 1
