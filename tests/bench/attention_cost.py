@@ -1,6 +1,6 @@
 """Time and memory of one block of PixArt-Sigma against the number of tokens, for each self-attention operator.
 
-    python tests/bench/attention_cost.py OUT [--tokens 1024 4096 …] [--operators softmax lit …] [--threads 2]
+    python tests/bench/attention_cost.py OUT [--tokens 1024 4096 …] [--operators softmax lit …] [--no-arena]
 
 Every case is a graph with random weights, lowered as `edgedit convert` does it, in a process of its own. Writes
 OUT/attention_cost.json, .md and .svg. With its defaults it needs about 20 minutes on two cores and 8 GB of memory; a
@@ -135,7 +135,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     row["left_out"] = f"would need {estimate / 1e9:.0f} GB"
                 else:
                     inputs = block_inputs(tokens, options.width, options.length)
-                    row |= run_alone(graph, inputs, threads=options.threads, repeat=options.repeat).as_dict()
+                    row |= run_alone(
+                        graph, inputs, threads=options.threads, repeat=options.repeat, arena=not options.no_arena
+                    ).as_dict()
                 rows.append(row)
                 print(_line(row), flush=True)
     return rows
@@ -222,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=300, help="text tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--no-arena", action="store_true", help="without ONNX Runtime's memory arena")
     parser.add_argument("--memory", type=float, default=8.0, help="GB that a case may need")
     options = parser.parse_args(arguments)
     rows = measure(options)

@@ -47,17 +47,20 @@ def run_alone(
     *,
     threads: int,
     repeat: int,
+    arena: bool = True,
     patience: float = 60.0,
     timeout: float = 7200.0,
 ) -> Cost:
     """Evaluate `graph` on the CPU, once to warm up and `repeat` times more, and tell what it took.
 
     inputs: by name, a nested list of numbers, or {"shape": [...]} for unit noise, with "fill" for one value throughout.
+    arena: whether ONNX Runtime keeps what it once took, in pieces of doubling size.
     patience: seconds; an evaluation that takes longer is the only one.
 
     Raises RuntimeError with the last line of the process's complaint, when it fails or runs longer than `timeout`.
     """
     order = {"graph": str(graph), "inputs": inputs, "threads": threads, "repeat": repeat, "patience": patience}
+    order["arena"] = arena
     try:
         done = subprocess.run(
             [sys.executable, __file__, json.dumps(order)], capture_output=True, text=True, timeout=timeout, check=False
@@ -91,7 +94,7 @@ def _main(order: Mapping[str, Any]) -> None:
 
     graph = Path(order["graph"])
     started = time.perf_counter()
-    session = OnnxSession(graph, [CPU], order["threads"], None, graph.stem)
+    session = OnnxSession(graph, [CPU], order["threads"], None, graph.stem, arena=order["arena"])
     opened = time.perf_counter() - started
     random = np.random.default_rng(0)
     inputs = {name: _input(spec, random) for name, spec in order["inputs"].items()}
