@@ -10,7 +10,7 @@ from typing import Any
 from edgedit.bundle_writer import BundleWriter
 from edgedit.converters.checkpoint import open_checkpoint
 from edgedit.converters.coreml import CoremlOptions, plan_coreml
-from edgedit.converters.jobs import family_of_jobs, plan_jobs, tokenizer_of_jobs
+from edgedit.converters.jobs import OnProgress, family_of_jobs, plan_jobs, tokenizer_of_jobs
 from edgedit.converters.manifest import describe, guidance_of
 from edgedit.converters.mlx import plan_mlx
 from edgedit.converters.quantization.backends import check_backends
@@ -26,7 +26,6 @@ __all__ = ["TARGETS", "convert"]
 
 #: Backends that `to` may name.
 TARGETS = ("onnx", "coreml", "mlx")
-OnProgress = Callable[[str, int, int], None]
 
 
 def convert(

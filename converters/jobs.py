@@ -18,8 +18,10 @@ from edgedit.converters.quantization.record import Quantization
 from edgedit.converters.tokenizer import CheckpointTokenizer, read_tokenizer
 from edgedit.errors import CheckpointError, ConversionError
 
-__all__ = ["Job", "canonical", "family_of_jobs", "plan_jobs", "tokenizer_of_jobs"]
+__all__ = ["Job", "OnProgress", "canonical", "family_of_jobs", "plan_jobs", "tokenizer_of_jobs"]
 
+#: Told a stage, what is done of it, and what there is in all.
+OnProgress = Callable[[str, int, int], None]
 #: Components with fewer weight bytes are run after they are written, to measure their agreement. Running a larger one
 #: takes more memory than converting it; `edgedit verify` and `measure=True` do it on request.
 MEASURE_BELOW = 256 << 20

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgedit.converters.checkpoint import Checkpoint
 from edgedit.converters.families import Family
-from edgedit.converters.jobs import Job, canonical, plan_jobs, tokenizer_of_jobs
+from edgedit.converters.jobs import Job, OnProgress, canonical, plan_jobs, tokenizer_of_jobs
 from edgedit.converters.lowerings import onnx as onnx_lowering
 from edgedit.converters.manifest import describe
 from edgedit.converters.prompts import read_prompts
@@ -21,7 +21,6 @@ from edgedit.errors import ConversionError
 
 __all__ = ["calibration_prompts", "quantize_jobs"]
 
-OnProgress = Callable[[str, int, int], None]
 
 #: Prompts of a checkpoint's own list that a calibration draws.
 OWN_PROMPTS = 8

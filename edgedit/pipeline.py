@@ -88,7 +88,7 @@ class Pipeline:
         Raises InputError for a decoder that the bundle does not have.
         """
         self.components = Components(bundle, runtime, low_ram, on_stage)
-        self.encoder = PromptEncoder(self.components, use_cache, embeddings)
+        self.prompt_encoder = PromptEncoder(self.components, use_cache, embeddings)
         self.transformer = Transformer(self.components)
         self.autoencoder = Autoencoder(self.components, decoder)
 
@@ -155,7 +155,7 @@ class Pipeline:
             InputError: not a string.
             BundleError: the bundle has no text encoder or tokenizer.
         """
-        return self.encoder(prompt, negative=negative)
+        return self.prompt_encoder(prompt, negative=negative)
 
     def predict(
         self,

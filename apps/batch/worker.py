@@ -67,7 +67,7 @@ def open_pipeline(settings: WorkerSettings, embeddings: Path) -> Any:
     )
     if pipe.bundle.model_hash != settings.model_hash:
         raise BundleError(f"{settings.bundle}: was replaced during the run; put the bundle back and start again")
-    pipe.encoder.embeddings = EmbeddingCache(embeddings, EMBEDDINGS_LIMIT)
+    pipe.prompt_encoder.embeddings = EmbeddingCache(embeddings, EMBEDDINGS_LIMIT)
     return pipe
 
 

@@ -160,10 +160,10 @@ def distill(
     count = samples if samples is not None else max(64, min(2048, 4 * len(prompts)))
     scale = default_guidance(guide) if guidance_scale is None else guidance_scale
     steps = _steps(steps, method, trainable)
-    if method == "guidance" and (scale == 1 or sigma_shift is not None):
+    if method == "guidance" and (scale <= 1 or sigma_shift is not None):
         raise InputError(
             "--method guidance learns guidance and keeps the checkpoint's schedule; "
-            + ("give a --guidance above 1" if scale == 1 else "leave --sigma-shift out")
+            + ("give a --guidance above 1" if scale <= 1 else "leave --sigma-shift out")
         )
     work = Workspace(
         target,

@@ -224,6 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--guide goes with --from: guidance is trained into a transformer that draws already")
     if options.guide is None and (options.guidance_scale is not None or options.borrowed_steps):
         parser.error("--guidance-scale and --borrowed-steps go with --guide")
+    if options.guidance_scale is not None and options.guidance_scale <= 1:
+        parser.error(f"--guidance-scale {options.guidance_scale:g} adds nothing; give a number above 1")
+    if options.borrowed_steps < 0:
+        parser.error("--borrowed-steps must be 0 or more")
     if options.mean_with is not None and options.stage not in ("transformer", "all"):
         parser.error("--mean-with is for the transformer's weights, and --stage says that another part is trained")
     for name, folder in (("--from", options.source), ("--guide", options.guide), ("--mean-with", options.mean_with)):

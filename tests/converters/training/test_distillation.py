@@ -235,11 +235,14 @@ def test_guidance_that_was_learnt_is_that_of_diffusers(path: str, checkpoints: d
     assert stage.loss(0).item() < 0.3 * loss
 
 
-def test_a_model_that_learnt_guidance_keeps_its_sampler(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    report = distill(checkpoints["flow"], tmp_path / "new", method="guidance", steps=7, **QUICK)
-    assert report.schedule == open_trainable(checkpoints["flow"]).schedule
+@pytest.mark.parametrize("path", ["vp", "flow"])
+def test_a_model_that_learnt_guidance_keeps_its_sampler(
+    path: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    report = distill(checkpoints[path], tmp_path / "new", method="guidance", steps=7, **QUICK)
+    assert report.schedule == open_trainable(checkpoints[path]).schedule
     edgedit.convert(tmp_path / "new", tmp_path / "new.edgedit", measure=False)
-    edgedit.convert(checkpoints["flow"], tmp_path / "old.edgedit", measure=False)
+    edgedit.convert(checkpoints[path], tmp_path / "old.edgedit", measure=False)
     with edgedit.load(tmp_path / "new.edgedit") as new, edgedit.load(tmp_path / "old.edgedit") as old:
         assert new.bundle.manifest.schedule == old.bundle.manifest.schedule
         calls: list[int] = []
@@ -280,6 +283,7 @@ def test_a_consistency_model_also_draws_in_fewer_steps_and_dmd_does_not(checkpoi
         ({"sigma_shift": 3.0}, "for a flow model"),
         ({"method": "guidance", "steps": 0}, "give 1 or more"),
         ({"method": "guidance", "guidance_scale": 1.0}, "above 1"),
+        ({"method": "guidance", "guidance_scale": 0.5}, "above 1"),
         ({"method": "guidance", "sigma_shift": 3.0}, "leave --sigma-shift out"),
         ({"keep_right": True}, "does nothing for --method lcm"),
         ({"keep_right": True, "method": "trajectory"}, "only the prompts of the embedded model's"),

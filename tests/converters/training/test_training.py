@@ -33,6 +33,7 @@ from edgedit.converters.training.text_encoder import TextStage, build_text_encod
 from edgedit.converters.training.world import is_held_out, render
 
 CPU = torch.device("cpu")
+SCENES = Path(__file__).parents[3] / "models" / "scenes"
 
 
 def teacher(seed: int) -> TeacherStage:
@@ -281,6 +282,8 @@ def test_going_on_is_for_the_transformer_and_from_a_pipeline(
         ([*stage, "--from", str(tmp_path)], "--from"),
         ([*stage, "--guide", str(tmp_path)], "--guide goes with --from"),
         ([*stage, "--guidance-scale", "2"], "go with --guide"),
+        ([*stage, "--from", str(SCENES), "--guide", str(SCENES), "--guidance-scale", "1"], "above 1"),
+        ([*stage, "--from", str(SCENES), "--guide", str(SCENES), "--borrowed-steps", "-1"], "0 or more"),
         ([*stage, "--mean-with", str(tmp_path)], "--mean-with"),
         (["--stage", "decoder", "--mean-with", str(tmp_path)], "transformer's weights"),
     ):
