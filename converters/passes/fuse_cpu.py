@@ -2,7 +2,7 @@
 
 Softmax attention: `com.microsoft.MultiHeadAttention` is a flash kernel on CPU. At 4,096 tokens it is about 1.6 times as
 fast as the standard `Attention` operator and needs a tenth of its memory, since no N×N score matrix is written.
-Group norm: see `edgedit.converters.passes.staged_norm`.
+Group norm: see `edgedit.converters.passes.staged_norm`. SiLU of vectors: see `edgedit.converters.passes.exact_silu`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
+from edgedit.converters.passes.exact_silu import divide_silu
 from edgedit.converters.passes.staged_norm import stage_group_norm
 
 __all__ = ["FuseForCpu"]
@@ -31,6 +32,8 @@ class FuseForCpu(ir.passes.InPlacePass):
                 self._attention(model.graph, node)
             elif node.op_type == "GroupNormalization" and stage_group_norm(model.graph, node):
                 self.changes["GroupNormalization"] += 1
+            elif node.op_type == "Sigmoid" and divide_silu(model.graph, node):
+                self.changes["Sigmoid"] += 1
         if self.changes["MultiHeadAttention"]:
             model.graph.opset_imports[CONTRIB] = 1
         return ir.passes.PassResult(model, modified=any(self.changes.values()))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgedit.converters.passes.exact_silu import is_of_silu
+
 __all__ = ["Array", "Step", "kernel_steps", "weight_shape"]
 
 #: Operators that are done within the convolution before.
@@ -50,13 +52,13 @@ def kernel_steps(
     """The kernels that run `nodes`, in order. `placed`: whether a value lies on positions; others are not followed."""
     blocked = _blocked_nodes(nodes, placed)
     made_blocked = {value for node in blocked for value in node.outputs}
-    read_plain = {value for node in nodes if node not in blocked and not _is_of_silu(node) for value in node.inputs}
+    read_plain = {value for node in nodes if node not in blocked and not is_of_silu(node) for value in node.inputs}
     read_plain.update(outputs)
     named = {v for node in nodes for v in node.inputs if v is not None} - {v for n in nodes for v in n.outputs}
     steps: list[Step] = []
     copied: set[ir.Value] = set()
     for node in nodes:
-        if _is_of_silu(node):
+        if is_of_silu(node):
             continue
         silu, on_blocks = _ends_silu(node), node in blocked
         maps = [v for v in _read(node) if placed(v)]
@@ -93,7 +95,7 @@ def _blocked_nodes(nodes: Sequence[ir.Node], placed: Callable[[ir.Value], bool])
         else:
             alone = node.op_type not in ("Add", "Mul") or len(maps) == len(_read(node))
             able = node.op_type in _ON_BLOCKS and alone and bool(maps) and all(v in made for v in maps)
-            able = able and not _is_of_silu(node)
+            able = able and not is_of_silu(node)
         if able:
             found.add(node)
             made.update(node.outputs)
@@ -104,7 +106,7 @@ def _read(node: ir.Node) -> list[ir.Value]:
     """The inputs of a node; of the product of a SiLU, what the SiLU is of."""
     inputs = [value for value in node.inputs if value is not None]
     if _ends_silu(node):
-        return [v for v in inputs if (producer := v.producer()) is None or not _is_of_silu(producer)]
+        return [v for v in inputs if (producer := v.producer()) is None or not is_of_silu(producer)]
     return inputs
 
 
@@ -114,14 +116,6 @@ def _takes_blocks(convolution: ir.Node) -> bool:
     if len(shape) < 2 or shape[0] % _BLOCK:
         return False
     return shape[1] % _BLOCK == 0 if groups == 1 else groups == shape[0]
-
-
-def _is_of_silu(node: ir.Node) -> bool:
-    """Whether `node` is the Sigmoid of x · Sigmoid(x)."""
-    if node.op_type != "Sigmoid":
-        return False
-    users = {use.node for use in node.outputs[0].uses()}
-    return len(users) == 1 and all(u.op_type == "Mul" and node.inputs[0] in u.inputs for u in users)
 
 
 def _is_of_product(node: ir.Node) -> bool:
@@ -139,7 +133,7 @@ def _ends_silu(node: ir.Node) -> bool:
     if node.op_type != "Mul":
         return False
     producers = [value.producer() for value in node.inputs if value is not None]
-    return any(producer is not None and _is_of_silu(producer) for producer in producers)
+    return any(producer is not None and is_of_silu(producer) for producer in producers)
 
 
 def weight_shape(value: ir.Value | None) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from numpy.typing import NDArray
 
 import edgedit
 from edgedit.api import BUILTIN
@@ -84,33 +85,57 @@ def folders_own(reference: Any) -> dict[str, Any]:
     return {}
 
 
+def drawn_by_diffusers(reference: Any, prompt: str, seed: int, moved_by: float = 0.0, **options: Any) -> NDArray[Any]:
+    """Its final latents [1, C, h, w], from a start each of whose numbers is moved by up to `moved_by` of itself."""
+    side, generator = reference.transformer.config.sample_size, torch.Generator().manual_seed(seed)
+    start = torch.randn(1, reference.transformer.config.in_channels, side, side, generator=generator)
+    start = start * (1 + moved_by * (2 * torch.rand(start.shape) - 1))
+    latents = reference(
+        prompt,
+        latents=start,
+        generator=generator,
+        use_resolution_binning=False,
+        output_type="latent",
+        **options,
+    )[0]
+    return np.asarray(latents)
+
+
+def distance(a: NDArray[Any], b: NDArray[Any]) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
 @pytest.mark.parametrize(("sampler", "arrange"), [(None, fresh_noise), ("dpmpp_2m", folders_own)])
 def test_pictures_agree_with_diffusers_at_the_recommended_settings(
     sampler: str | None, arrange: Callable[[Any], dict[str, Any]], pipe: edgedit.Pipeline
 ) -> None:
     reference = DiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
-    options = arrange(reference)
     recommended, limit = pipe.bundle.manifest.recommended, pipe.bundle.manifest.prompt
     assert recommended is not None
     assert limit is not None
+    options = {
+        "num_inference_steps": recommended.steps,
+        "guidance_scale": recommended.guidance_scale,
+        "max_sequence_length": limit.positive.max_length,
+        **arrange(reference),
+    }
     for prompt in ("a red circle above a blue square on a white background", "three small yellow stars", ""):
-        seed = random.randrange(2**31)
-        latents = reference(
-            prompt,
-            num_inference_steps=recommended.steps,
-            guidance_scale=recommended.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            use_resolution_binning=False,
-            max_sequence_length=limit.positive.max_length,
-            output_type="latent",
-            **options,
-        )[0]
-        with torch.no_grad():
-            picture = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
-        result = pipe.generate(prompt, seed=seed, rng="torch", sampler=sampler)
-        error = np.linalg.norm(result.latents - latents.numpy()) / np.linalg.norm(latents.numpy())
+        for _ in range(3):
+            seed = random.randrange(2**31)
+            latents = drawn_by_diffusers(reference, prompt, seed, **options)
+            result = pipe.generate(prompt, seed=seed, rng="torch", sampler=sampler)
+            error = distance(result.latents, latents)
+            # Where a scene is undecided for long, rounding grows: at one seed in some sixty, a start moved by what one
+            # evaluation rounds leads diffusers itself past the bound, and the seed says nothing of who is right.
+            if error <= 1e-4:
+                break
+            moved = [distance(drawn_by_diffusers(reference, prompt, seed, 1e-6, **options), latents) for _ in range(3)]
+            assert max(moved) > 1e-4, (prompt, seed, error, moved)
         assert error <= 1e-4, (prompt, seed)
+        with torch.no_grad():
+            scaled = torch.from_numpy(latents) / reference.vae.config.scaling_factor
+            picture = reference.vae.decode(scaled, return_dict=False)[0]
         wanted = np.asarray(reference.image_processor.postprocess(picture, output_type="pil")[0], np.int16)
         assert np.abs(np.asarray(result.images[0], np.int16) - wanted).max() <= 2, (prompt, seed)
 

@@ -69,3 +69,27 @@ def test_group_norm_of_a_large_map_is_as_exact_as_its_elements(tmp_path: Path, b
     session = ort.InferenceSession(str(tmp_path / "staged.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x.numpy()})
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max(), (groups, width)
+
+
+def silu_model(*shape: int | str) -> onnx.ModelProto:
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy"]
+    nodes = [onnx.helper.make_node("Sigmoid", ["x"], ["s"]), onnx.helper.make_node("Mul", ["x", "s"], ["y"])]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+
+
+def test_silu_of_vectors_is_exact_in_its_tail(tmp_path: Path) -> None:
+    model = ir.from_proto(silu_model("batch", "width"))
+    fuse = FuseForCpu()
+    assert fuse(model).modified
+    assert fuse.changes == {"Sigmoid": 1}
+    ir.save(model, tmp_path / "silu.onnx")
+    x = torch.empty(random.randint(1, 4), random.randint(50, 999)).uniform_(-80, 20)
+    x[0, :3] = torch.tensor([-1000.0, 0.0, 1000.0])
+    session = ort.InferenceSession(str(tmp_path / "silu.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, torch.nn.functional.silu(x.double()).numpy(), rtol=1e-6, atol=1e-37)
+
+
+def test_silu_of_maps_keeps_its_one_kernel() -> None:
+    assert not FuseForCpu()(ir.from_proto(silu_model("batch", 8, "height", "width"))).modified
