@@ -29,7 +29,8 @@ class PassCost:
 
 def pass_cost(pieces: Pieces, step: Pass, extent: Extent, keys: int) -> PassCost:
     """The cost of `step`, from its tile with the widest halo. `keys` is the number of gathered positions."""
-    whole = extent.at(pieces.scale_at(step.stop))
+    stop_scale = pieces.scale_at(step.stop)
+    whole = extent.at(stop_scale)
     core = _inner_tile(whole, step.tile)
     reductions = pieces.reductions.get(step.stop, ()) if step.reduce else ()
     wanted = [name for part in reductions for name in part.inputs]
@@ -63,6 +64,11 @@ def pass_cost(pieces: Pieces, step: Pass, extent: Extent, keys: int) -> PassCost
         for name in stage.outputs:
             if name in plan.values:
                 held[name] = _bytes(pieces, name, plan.values[name])
+    for name in wanted:
+        if pieces.values[name].is_map and name not in held:
+            # A kept map that is summed over, or kept on, as it is: its tile is read beside what was computed.
+            held[name] = _bytes(pieces, name, core.scaled(pieces.values[name].scale / stop_scale))
+            read += held[name]
     for part in reductions:
         if isinstance(part, Sums):
             peak = max(peak, sum(held.values()) + part.workspace * core.area)

@@ -270,8 +270,9 @@ class _Search:
     def _reach(self, step: Pass) -> int:
         """Pixels of the picture that a tile of `step` reads beyond itself."""
         whole = self.extent.at(self.pieces.scale_at(step.stop))
-        cores = list(tiles(whole, step.tile)) if whole.area < 4 * step.tile**2 else []
-        core = cores[-1] if cores else next(t for t in tiles(whole, step.tile) if t.top and t.left)
+        for core in tiles(whole, step.tile):
+            if core.top and core.left:
+                break
         wanted = [self.pieces.output] if step.stop == len(self.pieces.stages) else list(self.pieces.live(step.stop))
         wanted += [n for part in self.pieces.reductions.get(step.stop, ()) for n in part.inputs]
         plan = needs(self.pieces, step.start, step.stop, list(dict.fromkeys(wanted)), core, self.extent)

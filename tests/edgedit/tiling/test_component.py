@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,9 @@ from tiled_models import TiledModel
 from edgedit.device import parse_memory, resident_memory
 from edgedit.errors import InputError
 from edgedit.tiling.component import Tiling, choose, run
-from edgedit.tiling.memory import whole_peak
+from edgedit.tiling.memory import pass_cost, whole_peak
+from edgedit.tiling.pieces import Sums
+from edgedit.tiling.program import Pass
 from edgedit.tiling.regions import Extent
 from edgedit.tiling.schedule import Budget, make_schedule
 
@@ -58,6 +62,30 @@ def test_a_smaller_budget_takes_less_memory_and_no_less_time(tiled_model: Get) -
     assert peaks == sorted(peaks, reverse=True)
     assert seconds == sorted(seconds)
     assert peaks[-1] <= 90e6 < whole_peak(pieces, 256, 200)
+
+
+@pytest.mark.parametrize("kind", ["kl", "dc", "tiny"])
+def test_a_strip_of_any_length_has_a_schedule(tiled_model: Get, kind: str) -> None:
+    pieces = tiled_model(kind).pieces("decoder")
+    long = random.randint(800, 3000)
+    for short, memory in itertools.product((8, 32, 64), (60e6, 120e6, 240e6, 480e6)):
+        for extent in (Extent(short, long), Extent(long, short)):
+            found = make_schedule(pieces, extent, "exact", Budget(memory, 1e12))
+            assert found is None or found.peak <= memory, (short, long)
+
+
+def test_what_is_summed_over_as_it_was_kept_counts(tiled_model: Get) -> None:
+    """AutoencoderDC sums over a kept map and over what the pass makes of it; a tile of both is there at once."""
+    pieces = tiled_model("dc").pieces("decoder")
+    counted = 0
+    for stop, parts in pieces.reductions.items():
+        for part in (part for part in parts if isinstance(part, Sums)):
+            if set(part.inputs) & set(pieces.live(stop - 1)):
+                counted += 1
+                cost = pass_cost(pieces, Pass(stop - 1, stop, 64, False, True, True), Extent(512, 512), 0)
+                channels = sum(pieces.values[name].channels for name in part.inputs)
+                assert cost.peak >= 64 * 64 * (4 * channels + part.workspace)
+    assert counted
 
 
 def test_without_scratch_an_exact_schedule_runs_parts_again(tiled_model: Get) -> None:
