@@ -78,7 +78,7 @@ class Autoencoder:
             scaled,
             tiling,
             clipped,
-            whole=lambda: self.components.session(component),
+            whole=lambda lean: self.components.session(component, lean=lean),
             begin=lambda: self.components.stage(stage),
         )
 
@@ -113,7 +113,7 @@ class Autoencoder:
             images.from_image(picture, width, height),
             tiling,
             lambda _, part: rows.append(part[:, : space.channels].copy()),
-            lambda: self.components.session("encoder"),
+            lambda lean: self.components.session("encoder", lean=lean),
         )
         latents = np.concatenate(rows, axis=2)
         return (latents - np.float32(space.shift_factor)) * np.float32(space.scaling_factor)

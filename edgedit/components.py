@@ -33,6 +33,7 @@ class Components:
     low_ram: bool | None = None
     on_stage: Callable[[str], None] | None = None
     _sessions: dict[str, Session] = field(default_factory=dict, repr=False)
+    _lean: set[str] = field(default_factory=set, repr=False)
 
     @property
     def loaded(self) -> list[str]:
@@ -57,6 +58,7 @@ class Components:
     def free(self, component: str) -> None:
         """Free one component. Nothing happens when it is not loaded."""
         session = self._sessions.pop(component, None)
+        self._lean.discard(component)
         if session is not None:
             session.close()
 
@@ -78,11 +80,18 @@ class Components:
         total = sum(self.weights_size(name) for name in self.bundle.manifest.components)
         return free is not None and total > 0.4 * free
 
-    def session(self, component: str) -> Session:
-        """A component, loaded if it is not. Raises BundleError."""
+    def session(self, component: str, *, lean: bool = False) -> Session:
+        """A component, loaded if it is not; `lean` takes the least memory rather than the least time, where the backend
+        has the choice. Raises BundleError."""
+        lean = lean and hasattr(self.runtime, "open_lean")
+        if component in self._sessions and lean != (component in self._lean):
+            self.free(component)
         if component not in self._sessions:
             self._begin_load(component)
-            self._sessions[component] = self.runtime.open(component)
+            open_component = self.runtime.open_lean if lean else self.runtime.open  # type: ignore[attr-defined]
+            self._sessions[component] = open_component(component)
+            if lean:
+                self._lean.add(component)
         return self._sessions[component]
 
     def _begin_load(self, component: str) -> None:

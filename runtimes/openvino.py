@@ -277,9 +277,9 @@ class OpenVinoRuntime:
             divide=component == "transformer",
         )
 
-    def open_piece(self, component: str, graph: str) -> OnnxSession:
+    def open_piece(self, component: str, graph: str, *, lean: bool = False) -> OnnxSession:
         """Open one piece of a component that runs in tiles, in ONNX Runtime."""
-        piece: OnnxSession = self._onnxruntime().open_piece(component, graph)
+        piece: OnnxSession = self._onnxruntime().open_piece(component, graph, lean=lean)
         return piece
 
     def open_canonical(self, component: str) -> OnnxSession:

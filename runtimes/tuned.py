@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgedit.runtimes.base import ENGINES, RuntimeOptions, Session, make_runtime
+from edgedit.runtimes.base import ENGINES, Runtime, RuntimeOptions, Session, make_runtime
 
 if TYPE_CHECKING:
     from edgedit.bundle import Bundle
@@ -25,16 +25,25 @@ class TunedRuntime:
 
     def open(self, component: str) -> Session:
         """Open a component; one that was not measured as ONNX Runtime does by default."""
+        return self._runtime(component).open(component)
+
+    def open_lean(self, component: str) -> Session:
+        """Open a component for the least memory, where its engine has the choice."""
+        runtime = self._runtime(component)
+        opened: Session = getattr(runtime, "open_lean", runtime.open)(component)
+        return opened
+
+    def _runtime(self, component: str) -> Runtime:
         choice = self.record.components.get(component)
         if choice is None:
-            return self._default.open(component)
+            return self._default
         threads = self.options.threads or choice.threads
         options = replace(self.options, threads=threads, standard_graph=choice.form == "standard")
-        return make_runtime(self.bundle, ENGINES[choice.engine], options).open(component)
+        return make_runtime(self.bundle, ENGINES[choice.engine], options)
 
-    def open_piece(self, component: str, graph: str) -> Any:
+    def open_piece(self, component: str, graph: str, *, lean: bool = False) -> Any:
         """Open one piece of a component that runs in tiles, in ONNX Runtime."""
-        return self._default.open_piece(component, graph)  # type: ignore[attr-defined]
+        return self._default.open_piece(component, graph, lean=lean)  # type: ignore[attr-defined]
 
     def open_part(self, component: str, graph: str) -> Any:
         """Open one part of a transformer that is cut between its blocks, in ONNX Runtime."""

@@ -28,6 +28,8 @@ MODES = ("auto", "off", "exact", "fast")
 FREE_SHARE = 0.8
 #: Share of a limit that is planned for: plans are off by up to 15 %, and the limit holds all the same.
 SAFE_SHARE = 0.87
+#: What an arena takes at most, measured over the peak without one.
+ARENA = 1.6
 #: Scratch files take at most this much, and half of what is free on their disk.
 LARGEST_SCRATCH = 24 << 30
 
@@ -121,20 +123,23 @@ def run(
     picture: Floats,
     tiling: Tiling,
     on_rows: Callable[[int, Floats], None],
-    whole: Callable[[], Any],
+    whole: Callable[[bool], Any],
     begin: Callable[[], None] = lambda: None,
 ) -> Schedule | None:
     """Run `component` on one input [1, C, h, w] and hand over bands of rows of its output, from the top.
 
     Args:
-        whole: opens the session of the whole component, and is called only to run whole.
+        whole: opens the session of the whole component, and is called only to run whole; told whether to take the
+            least memory rather than the least time.
         begin: called once everything is open and the work begins.
 
     Returns the schedule, None when it ran whole. Raises what `choose` does, and TilesStoppedError.
     """
-    pieces, schedule = choose(bundle, runtime, component, picture.shape[2], picture.shape[3], tiling)
+    height, width = picture.shape[2:]
+    pieces, schedule = choose(bundle, runtime, component, height, width, tiling)
+    lean = tiling.max_memory is not None or not _roomy(pieces, schedule, height, width)
     if schedule is None:
-        session = whole()
+        session = whole(lean)
         begin()
         (name,) = [spec.name for spec in bundle.component(component).inputs]
         (output,) = session.run({name: picture}).values()
@@ -142,7 +147,7 @@ def run(
         return None
     assert pieces is not None
     runner = TileRunner(
-        pieces, lambda graph: runtime.open_piece(component, graph), cache_dir() / "scratch", tiling.on_tile
+        pieces, lambda graph: runtime.open_piece(component, graph, lean=lean), cache_dir() / "scratch", tiling.on_tile
     )
     begin()
     runner.run(picture, schedule.program, on_rows)
@@ -154,6 +159,15 @@ def _pieces(bundle: Bundle, runtime: Any, component: str) -> Pieces | None:
     if artefact.tiles is None or not hasattr(runtime, "open_piece"):
         return None
     return read_pieces(bundle.file(artefact.tiles))
+
+
+def _roomy(pieces: Pieces | None, schedule: Schedule | None, height: int, width: int) -> bool:
+    """Whether what is free suffices for maps out of an arena."""
+    free = available_memory()
+    if pieces is None or free is None:
+        return False
+    peak = whole_peak(pieces, height, width) if schedule is None else schedule.peak
+    return ARENA * peak <= FREE_SHARE * free
 
 
 def _scratch_room() -> float:

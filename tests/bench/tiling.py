@@ -131,9 +131,14 @@ def child(
     if one_tile and schedule is not None:
         from tile_probe import run_one_tile
 
-        run_one_tile(pieces, lambda graph: runtime.open_piece("decoder", graph), latents, schedule.program)
+        lean = memory is not None
+
+        def open_piece(graph: str) -> Any:
+            return runtime.open_piece("decoder", graph, lean=lean)  # type: ignore[attr-defined]
+
+        run_one_tile(pieces, open_piece, latents, schedule.program)
     else:
-        run(opened, runtime, "decoder", latents, tiling, keep, lambda: runtime.open("decoder"))
+        run(opened, runtime, "decoder", latents, tiling, keep, lambda lean: runtime.open("decoder", lean=lean))
     seconds = time.perf_counter() - started
     if out:
         np.save(out, np.concatenate(bands, axis=2))

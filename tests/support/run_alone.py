@@ -94,7 +94,7 @@ def _main(order: Mapping[str, Any]) -> None:
 
     graph = Path(order["graph"])
     started = time.perf_counter()
-    session = OnnxSession(graph, [CPU], order["threads"], None, graph.stem, arena=order["arena"])
+    session = OnnxSession(graph, [CPU], order["threads"], None, graph.stem, arena="own" if order["arena"] else "none")
     opened = time.perf_counter() - started
     random = np.random.default_rng(0)
     inputs = {name: _input(spec, random) for name, spec in order["inputs"].items()}

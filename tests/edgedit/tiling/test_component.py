@@ -33,7 +33,7 @@ def decode(made: TiledModel, latents: np.ndarray, tiling: Tiling) -> tuple[np.nd
         latents,
         tiling,
         lambda _, rows: bands.append(rows.copy()),
-        lambda: made.runtime.open("decoder"),
+        lambda lean: made.runtime.open("decoder", lean=lean),
     )
     return np.concatenate(bands, axis=2), schedule
 
