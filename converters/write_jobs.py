@@ -40,7 +40,8 @@ def lower(
             )
             if job.name in TILED:
                 stride = int(job.component.runtime["scale_factor"]) if job.name == "encoder" else 1
-                written = write_pieces(root, job.name, written, stride)
+                ranges = None if job.quantization is None else job.quantization.map_ranges
+                written = write_pieces(root, job.name, written, stride, ranges)
             if job.name in CUT:
                 written = write_parts(root, job.name, written)
             forms[target], job.artefacts[target] = onnx_sessions(root, written), written

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from edgedit.converters.passes.fuse_cpu import FuseForCpu
+from edgedit.converters.passes.int8_convolution import Int8Convolution
 from edgedit.converters.passes.quantize import Int8MatMul, QuantizeWeights
 from edgedit.converters.passes.store_half import StoreHalf
 from edgedit.converters.quantization.record import Quantization
@@ -78,7 +79,9 @@ def write(
     cpu = ir.load(graph)
     modified = FuseForCpu()(cpu).modified
     if quantization is not None and quantization.int8_layers:
-        modified = Int8MatMul(quantization.int8_layers, quantization.per_token_layers)(cpu).modified or modified
+        modified = Int8Convolution(quantization.map_ranges)(cpu).modified or modified
+        products = quantization.int8_layers - set(quantization.map_ranges)
+        modified = Int8MatMul(products, quantization.per_token_layers)(cpu).modified or modified
     if modified:
         ir.save(cpu, fused)
         files.append(fused)

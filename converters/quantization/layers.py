@@ -12,6 +12,9 @@ from edgedit.converters.quantization.levels import LEVELS
 
 __all__ = ["SMALLEST", "Layer", "block_of", "find_layers", "fitted", "layer_name"]
 
+#: Channels from which a convolution of maps is faster in int8.
+_WIDE = 64
+
 SMALLEST = 4096
 """Weights with fewer elements keep their type: biases, norms and small tables weigh nothing."""
 
@@ -38,6 +41,12 @@ class Layer:
         if self.kind != "convolution":
             return self.kind == "matrix"
         return bool(self.nodes) and all(is_pointwise(node) for node in self.nodes)
+
+    @property
+    def has_int8_maps(self) -> bool:
+        """Whether it is a convolution of maps that computes in int8 once the ranges of its maps are known."""
+        wide = self.kind == "convolution" and len(self.shape) == 4 and min(self.shape[:2]) >= _WIDE
+        return wide and all("group" not in n.attributes or n.attributes["group"].as_int() == 1 for n in self.nodes)
 
     @property
     def nodes(self) -> list[ir.Node]:
@@ -84,15 +93,15 @@ def block_of(rows: int, wanted: int) -> int | None:
 def fitted(form: Form, layer: Layer) -> Form:
     """What a form becomes on a layer.
 
-    Convolutions and tables have 8 bits at least and no methods, tables no zeros, and int8 arithmetic only where they
-    are 1×1; a matrix whose inputs divide into no block, or whose outputs do not fill a byte, takes the next wider form
+    Convolutions and tables have 8 bits at least and no methods, tables no zeros, and int8 arithmetic only where there
+    is some; a matrix whose inputs divide into no block, or whose outputs do not fill a byte, takes the next wider form
     that it can have.
     """
     sparsity = None if layer.kind == "table" else form.sparsity
     if not form.is_coded:
         return Form(form.bits, sparsity=sparsity)
     if layer.kind != "matrix":
-        int8 = form.int8_activations and layer.has_int8
+        int8 = form.int8_activations and (layer.has_int8 or layer.has_int8_maps)
         return Form(8, int8_activations=int8, per_token=form.per_token and int8, sparsity=sparsity)
     if form.format == "palette" and layer.shape[1] % form.width:
         bits = next(bits for bits in sorted(INT_BITS) if bits >= form.bits) if form.sparsity is None else 8

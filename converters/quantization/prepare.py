@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from edgedit.converters.passes.int8_convolution import MapRanges
 from edgedit.converters.passes.quantize import plain_encode
 from edgedit.converters.quantization.budget import within_budget
 from edgedit.converters.quantization.calibrate import Calibration
@@ -18,10 +19,12 @@ from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer, find_layers
 from edgedit.converters.quantization.methods import make_encoder, needs_moments, prepare_graph
 from edgedit.converters.quantization.probe import Probe
-from edgedit.converters.quantization.recipe import Recipe
+from edgedit.converters.quantization.ranges import measure_maps
+from edgedit.converters.quantization.recipe import MAPS, Recipe
 from edgedit.converters.quantization.record import Quantization
 from edgedit.converters.quantization.sensitivity import Meter, measure
 from edgedit.converters.quantization.statistics import InputStatistics, input_of
+from edgedit.converters.quantization.tolerate import tolerate
 from edgedit.converters.quantization.workspace import Workspace
 
 __all__ = ["is_slow", "prepare"]
@@ -80,6 +83,10 @@ def prepare(
             table = measure(meter, lambda done, total: calibration.tell("measure layers", done, total))
             forms, facts["sensitivity"] = within_budget(recipe, model, layers, forms, table, meter)
             meter.close()
+    maps: Mapping[str, MapRanges] = {}
+    if component in MAPS and calibration is not None:
+        maps, facts["maps"] = _int8_maps(calibration, component, model, layers, forms)
+        forms = {n: f if n in maps else replace(f, int8_activations=False, per_token=False) for n, f in forms.items()}
     forms = {name: _known(form, name in statistics) for name, form in forms.items()}
     prepared = prepare_graph(model, layers, forms, statistics)
     if prepared.inserted:
@@ -90,7 +97,25 @@ def prepare(
         for name, form in prepared.forms.items()
         if form.int8_activations and name in prepared.statistics
     }
-    return Quantization(recipe, prepared.forms, encode, facts, peaks), layers
+    return Quantization(recipe, prepared.forms, encode, facts, peaks, maps), layers
+
+
+def _int8_maps(
+    calibration: Calibration,
+    component: str,
+    model: ir.Model,
+    layers: Mapping[str, Layer],
+    forms: Mapping[str, Form],
+) -> tuple[dict[str, MapRanges], dict[str, Any]]:
+    """The convolutions that compute in int8, and what the record says of them."""
+    wanted = {name: layers[name] for name, form in forms.items() if form.int8_activations}
+    seen = measure_maps(calibration, component, model, wanted)
+    found = tolerate(
+        calibration, component, {n: one.ranges for n, one in seen.items()}, {n: one.work for n, one in seen.items()}
+    )
+    maps = {name: seen[name].ranges for name in found.names}
+    layers_said = {name: {"input": ranges.input, "output": ranges.output} for name, ranges in maps.items()}
+    return maps, {"layers": layers_said, "psnr_db": found.psnr_db, "alone_db": found.alone_db}
 
 
 def _divided(calls: Sequence[Call], prompts: int) -> tuple[slice, slice]:

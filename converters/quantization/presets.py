@@ -69,6 +69,8 @@ def recipe_of(dtype: str, *, calibrated: bool, ranges: bool = False) -> Recipe |
                 **rules,
                 "transformer": tuple(Rule(r.pattern, _with_methods(r.form)) for r in rules["transformer"]),
             }
+            if any(rule.form.int8_activations for rule in rules["transformer"]):
+                rules["decoder"] = (Rule(_EVERYTHING, replace(_W8, int8_activations=True)),)
             if not any(rule.form.needs_calibration for rule in rules["transformer"]):
                 raise ConversionError(f"--calibration does nothing for {dtype}; leave it out")
         return Recipe(dtype, rules, strict=False)
@@ -78,11 +80,11 @@ def recipe_of(dtype: str, *, calibrated: bool, ranges: bool = False) -> Recipe |
         recipe = read_recipe(Path(dtype).expanduser())
         if recipe.calibrated and not calibrated:
             raise ConversionError(
-                f"{dtype}: [{recipe.calibrated[0]}] asks for adaptive rounding or balancing, which need calibration; "
-                "add --calibration self, or --calibration with a file of prompts"
+                f"{dtype}: [{recipe.calibrated[0]}] asks for adaptive rounding, balancing or int8 convolutions, which "
+                "need calibration; add --calibration self, or --calibration with a file of prompts"
             )
         if calibrated and not recipe.calibrated and not (ranges and recipe.computes_in_int8):
-            raise ConversionError(f"{dtype}: no line asks for adaptive rounding or balancing; leave --calibration out")
+            raise ConversionError(f"{dtype}: no line asks for what needs calibration; leave --calibration out")
         return recipe
     raise ConversionError(f"unknown dtype {dtype!r}; choose from: {SPELLINGS}")
 

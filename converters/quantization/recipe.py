@@ -25,11 +25,14 @@ from edgedit.converters.quantization.layers import Layer, fitted
 from edgedit.converters.quantization.levels import LEVELS
 from edgedit.errors import ConversionError
 
-__all__ = ["COMPONENTS", "Recipe", "Rule", "parse_recipe", "read_recipe"]
+__all__ = ["COMPONENTS", "MAPS", "Recipe", "Rule", "parse_recipe", "read_recipe"]
 
 COMPONENTS = ("transformer", "text_encoder", "decoder", "encoder", "tiny_decoder")
 #: Those whose inputs calibration does not see.
 UNSEEN = ("encoder", "tiny_decoder")
+#: Those that run in tiles: their convolutions compute in int8, with ranges that calibration finds and that are a tile's
+#: as they are the whole's. Nothing else in them does.
+MAPS = ("decoder",)
 _LARGEST_FILE = 1 << 20
 _KEYS = ("bits", "block", "format", "vector", "activations", "rounding", "balance", "rotate", "sparsity")
 _WILD = frozenset("*?[")
@@ -63,7 +66,11 @@ class Recipe:
     @property
     def calibrated(self) -> tuple[str, ...]:
         """Components for which a rule needs to know the inputs of layers."""
-        return tuple(c for c, rules in self.rules.items() if any(rule.form.needs_calibration for rule in rules))
+
+        def needs(component: str, form: Form) -> bool:
+            return form.needs_calibration or (component in MAPS and form.int8_activations)
+
+        return tuple(c for c, rules in self.rules.items() if any(needs(c, rule.form) for rule in rules))
 
     @property
     def computes_in_int8(self) -> bool:
@@ -81,13 +88,16 @@ class Recipe:
             matched = [name for name in layers if fnmatchcase(name, rule.pattern)]
             if not matched and self.strict:
                 raise ConversionError(self._no_layer(component, rule.pattern, layers))
-            if self.strict and rule.form.int8_activations and not any(layers[n].has_int8 for n in matched):
+            computes = [name for name in matched if _computes_in_int8(component, layers[name])]
+            if self.strict and rule.form.int8_activations and not computes:
+                able = "convolutions of 64 channels and more" if component in MAPS else "matrices and 1x1 convolutions"
                 raise ConversionError(
-                    f"{self.name}: [{component}] {rule.pattern!r} matches no matrix, and only matrices and 1x1 "
-                    "convolutions compute in int8; leave activations out"
+                    f"{self.name}: [{component}] {rule.pattern!r} matches none of the layers that compute in int8, "
+                    f"which are {able}; leave activations out"
                 )
             for name in matched:
-                form = fitted(rule.form, layers[name])
+                wanted = rule.form if name in computes else replace(rule.form, int8_activations=False, per_token=False)
+                form = fitted(wanted, layers[name])
                 if self.strict and not _WILD & set(rule.pattern) and form != rule.form:
                     raise ConversionError(
                         f"{self.name}: [{component}] {name} is a {layers[name].kind} of "
@@ -101,6 +111,10 @@ class Recipe:
         names = list(layers)
         near = difflib.get_close_matches(pattern.removesuffix(".weight"), names, n=3, cutoff=0.4) or names[:3]
         return f"{self.name}: [{component}] {pattern!r} matches no layer; nearest: {', '.join(near) or 'none at all'}"
+
+
+def _computes_in_int8(component: str, layer: Layer) -> bool:
+    return layer.has_int8_maps if component in MAPS else layer.has_int8
 
 
 def read_recipe(path: Path) -> Recipe:

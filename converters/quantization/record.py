@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedit.converters.passes.int8_convolution import MapRanges
 from edgedit.converters.passes.quantize import Encode, plain_encode
 from edgedit.converters.quantization.form import Form
 from edgedit.converters.quantization.layers import Layer
@@ -31,6 +32,7 @@ class Quantization:
         encode: what rounds the weights.
         facts: what else the record says: calibration, sensitivity.
         input_peaks: largest absolute value of the inputs of layers that compute in int8, where calibration saw them.
+        map_ranges: what convolutions that compute in int8 take and give.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Quantization:
     encode: Encode = plain_encode
     facts: Mapping[str, Any] = field(default_factory=dict)
     input_peaks: Mapping[str, float] = field(default_factory=dict)
+    map_ranges: Mapping[str, MapRanges] = field(default_factory=dict)
 
     @property
     def int8_layers(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgedit.converters.lowerings.onnx import OnnxArtefact
+from edgedit.converters.passes.int8_convolution import Int8Convolution, MapRanges
 from edgedit.converters.tiling.cost import cost_of
 from edgedit.converters.tiling.cut import Attend, Cut, Gather, Local, Step, Sums, cut
 from edgedit.converters.tiling.norms import Moments
@@ -26,17 +28,24 @@ PLAN_VERSION = 1
 TILED = ("decoder", "encoder", "tiny_decoder")
 
 
-def write_pieces(root: Path, component: str, artefact: OnnxArtefact, stride: int) -> OnnxArtefact:
+def write_pieces(
+    root: Path,
+    component: str,
+    artefact: OnnxArtefact,
+    stride: int,
+    map_ranges: Mapping[str, MapRanges] | None = None,
+) -> OnnxArtefact:
     """Cut the graph that `artefact` names and write its pieces and COMPONENT.tiles.json into the same folder.
 
     Args:
         stride: what the sides of the graph's input must be a multiple of.
+        map_ranges: of convolutions that compute in int8.
 
     Returns the artefact with its new files. Raises ConversionError when the graph cannot be cut.
     """
     whole = root / artefact.graph
     result = cut(ir.load(whole), stride)
-    writer = _Writer(result, whole.parent, component)
+    writer = _Writer(result, whole.parent, component, map_ranges or {})
     plan = writer.plan()
     path = whole.parent / f"{component}.tiles.json"
     path.write_text(json.dumps({"version": PLAN_VERSION, "stride": stride, **plan}, indent=1) + "\n", encoding="utf-8")
@@ -45,8 +54,8 @@ def write_pieces(root: Path, component: str, artefact: OnnxArtefact, stride: int
 
 
 class _Writer:
-    def __init__(self, result: Cut, folder: Path, component: str) -> None:
-        self.result, self.folder, self.component = result, folder, component
+    def __init__(self, result: Cut, folder: Path, component: str, map_ranges: Mapping[str, MapRanges]) -> None:
+        self.result, self.folder, self.component, self.map_ranges = result, folder, component, map_ranges
         self.files: list[Path] = []
         self.named: dict[ir.Value, None] = {}
 
@@ -75,6 +84,7 @@ class _Writer:
 
     def _save(self, model: ir.Model) -> str:
         path = self.folder / f"{self.component}.tile{len(self.files):02d}.onnx"
+        Int8Convolution(self.map_ranges)(model)
         ir.save(model, path)
         self.files.append(path)
         return path.name

@@ -133,11 +133,27 @@ def test_a_single_layer_is_not_quietly_given_something_else(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["int8", "int8-token"])
 def test_int8_arithmetic_is_refused_where_nothing_can_have_it(kind: str, tmp_path: Path) -> None:
-    recipe = read(f'[decoder]\n"conv*" = {{bits = 8, activations = "{kind}"}}', tmp_path)
-    with pytest.raises(
-        ConversionError, match="matches no matrix, and only matrices and 1x1 convolutions compute in int8"
-    ):
-        recipe.resolve("decoder", LAYERS)
+    for component, able in (("transformer", "matrices and 1x1 conv"), ("decoder", "convolutions of 64 channels")):
+        recipe = read(f'[{component}]\n"conv*" = {{bits = 8, activations = "{kind}"}}', tmp_path)
+        with pytest.raises(ConversionError, match=f"matches none of the layers that compute in int8, which are {able}"):
+            recipe.resolve(component, LAYERS)
+
+
+def test_a_decoder_computes_in_int8_where_its_convolutions_are_wide(tmp_path: Path) -> None:
+    layers = {
+        one.name: one
+        for one in (
+            layer("wide", 64, 128, 3, 3, kind="convolution"),
+            layer("narrow", 3, 128, 3, 3, kind="convolution"),
+            layer("attention", 128, 128),
+        )
+    }
+    recipe = read('[decoder]\n"*" = {bits = 8, activations = "int8"}', tmp_path)
+    assert recipe.calibrated == ("decoder",)
+    found = recipe.resolve("decoder", layers)
+    assert found == {"wide": Form(8, int8_activations=True), "narrow": Form(8), "attention": Form(8)}
+    recipe = read('[transformer]\n"*" = {bits = 8, activations = "int8"}', tmp_path)
+    assert recipe.resolve("transformer", layers)["wide"] == Form(8)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +190,7 @@ def test_presets_use_methods_only_when_the_inputs_of_layers_are_known(name: str)
     assert plain is not None
     assert calibrated is not None
     assert not plain.calibrated
-    assert calibrated.calibrated == ("transformer",)
+    assert calibrated.calibrated == ("transformer", "decoder")[: 1 + name.endswith("a8")]
 
 
 @pytest.mark.parametrize(
