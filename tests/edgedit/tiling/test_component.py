@@ -14,7 +14,7 @@ from tiled_models import TiledModel
 
 from edgedit.device import parse_memory, resident_memory
 from edgedit.errors import InputError
-from edgedit.tiling.component import Tiling, choose, run
+from edgedit.tiling.component import FREE_SHARE, Tiling, choose, run
 from edgedit.tiling.memory import pass_cost, whole_peak
 from edgedit.tiling.pieces import Sums
 from edgedit.tiling.program import Pass
@@ -136,3 +136,30 @@ def test_the_smallest_budget_that_is_named_works(tiled_model: Get) -> None:
 )
 def test_sizes_of_memory_are_read(text: str | int, count: int) -> None:
     assert parse_memory(text) == count
+
+
+def test_maps_come_out_of_an_arena_only_where_memory_is_free_and_no_limit_is_named(
+    tiled_model: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiled_model("kl")
+    latents = made.input("decoder", 16, 16)
+    peak = whole_peak(made.pieces("decoder"), 16, 16)
+    found, told = [], []
+    for free, limit in ((1e12, None), (1e12, "8G"), (peak / FREE_SHARE * 1.1, None)):
+        monkeypatch.setattr("edgedit.tiling.component.available_memory", lambda free=free: free)
+
+        def whole(lean: bool) -> Any:
+            told.append(lean)
+            return made.runtime.open("decoder", lean=lean)
+
+        run(
+            made.bundle,
+            made.runtime,
+            "decoder",
+            latents,
+            Tiling(max_memory=limit),
+            lambda _, rows: found.append(rows.copy()),
+            whole,
+        )
+    assert told == [False, True, True]
+    assert all(np.array_equal(one, found[0]) for one in found)
