@@ -3,9 +3,9 @@
     python tests/bench/apple_forms.py --prompts 24 --steps 20 [--forms coreml:weights=int4 mlx:w4 …] [-o OUT.md]
 
 Held-out prompts at equal seeds, each picture against that of ONNX Runtime in float32: PSNR, and whether the scene
-reader finds every claim right. Core ML runs in the interpreter, float16 arithmetic emulated, MLX in its CPU build, where
-`quantized_matmul` takes seconds for what the same product with opened weights does in milliseconds: weights are
-opened first.
+reader finds every claim right. Core ML runs in the interpreter, float16 arithmetic emulated, MLX in its CPU build,
+where `quantized_matmul` takes seconds for what the same product with opened weights does in milliseconds: weights
+are opened first.
 """
 
 from __future__ import annotations
