@@ -31,12 +31,12 @@ NEAR, SMALL = 0.85, 32
 
 
 def inner(whole: Region, tile: int) -> Region:
-    """A tile with neighbours on all sides, as far as there is one: it has the widest halo."""
+    """One of the largest tiles, with neighbours on as many sides as there are: it has the widest halo."""
     rows: dict[int, list[Region]] = {}
     for core in tiles(whole, tile):
         rows.setdefault(core.top, []).append(core)
-    row = list(rows.values())[min(1, len(rows) - 1)]
-    return row[min(1, len(row) - 1)]
+    some = [core for row in list(rows.values())[:2] for core in row[:2]]
+    return max(some, key=lambda core: (core.area, (core.top > 0) + (core.left > 0)))
 
 
 class _FullBand(Band):
