@@ -26,16 +26,21 @@ from edgedit.converters.training.similarity import psnr
 from edgedit.pipeline import Pipeline
 
 MODEL = Path(__file__).parents[2] / "models" / "scenes"
-#: Backend and, behind the colon, `dtype`; or with "weights=" a form of that backend alone.
+#: Backend and, behind the colon, `dtype`, with "+" calibrated; or with "weights=" a form of that backend alone.
 FORMS = (
     "onnx:fp32",
     "coreml:fp16",
     "coreml:weights=int8",
     "coreml:weights=int4",
+    "coreml:weights=palette8",
+    "coreml:weights=palette6",
     "coreml:weights=palette4",
     "coreml:weights=palette2",
     "coreml:w4",
+    "coreml:w4+",
     "coreml:w2",
+    "coreml:w2+",
+    "coreml:w8a8+",
     "mlx:fp16",
     "mlx:weights=q8",
     "mlx:weights=q4",
@@ -48,7 +53,9 @@ def convert(form: str, model: Path, bundle: Path) -> str:
     """Makes a bundle of one form; returns its backend."""
     backend, _, how = form.partition(":")
     weights = how.removeprefix("weights=") if how.startswith("weights=") else None
-    options: dict[str, Any] = {"dtype": "fp16" if weights else how, "measure": False}
+    options: dict[str, Any] = {"dtype": "fp16" if weights else how.removesuffix("+"), "measure": False}
+    if how.endswith("+"):
+        options["calibration"] = "self"
     if weights:
         options |= {"coreml": CoremlOptions(weights=weights)} if backend == "coreml" else {"mlx_weights": weights}
     edgedit.convert(model, bundle, to=(backend,), **options)
