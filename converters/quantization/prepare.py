@@ -84,7 +84,7 @@ def prepare(
             forms, facts["sensitivity"] = within_budget(recipe, model, layers, forms, table, meter)
             meter.close()
     maps: Mapping[str, MapRanges] = {}
-    if component in MAPS and calibration is not None:
+    if component in MAPS and calibration is not None and any(form.int8_activations for form in forms.values()):
         maps, facts["maps"] = _int8_maps(calibration, component, model, layers, forms)
         forms = {n: f if n in maps else replace(f, int8_activations=False, per_token=False) for n, f in forms.items()}
     forms = {name: _known(form, name in statistics) for name, form in forms.items()}
