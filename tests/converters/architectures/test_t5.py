@@ -127,7 +127,8 @@ def test_a_long_prompt_agrees_with_transformers_beyond_the_largest_distance(seed
 
 def test_every_distance_falls_into_the_bucket_that_torch_computes(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    pairs = [(32, 128), (32, 256), (64, 512), (16, 4096), (4, 2), (5, 3)]
+    published = [(32, 128), (32, 256), (64, 512), (16, 4096), (4, 2), (5, 3)]
+    pairs = list(published)
     for buckets in rng.integers(4, 129, size=60):
         pairs.append((int(buckets), int(rng.integers(buckets // 4 + 1, 1000))))
     distance = torch.arange(-4200, 4201)
@@ -135,6 +136,15 @@ def test_every_distance_falls_into_the_bucket_that_torch_computes(seed: int) -> 
         expected = T5Attention._relative_position_bucket(distance, True, buckets, end).numpy()
         table = t5.relative_position_buckets(buckets, end)
         got = table[np.clip(distance.numpy(), -end, end) + end]
+        if (buckets, end) not in published:
+            # torch.log is one unit off the nearest float32 in 4 % of its values, one way or the other: where a boundary
+            # falls upon a distance, as log(45 / 27) / log(125 / 27) = 1 / 3 does, its bucket is chance.
+            exact = buckets // 2 // 2
+            steps = np.log(np.maximum(np.abs(distance.numpy()), 1) / exact) / np.log(end / exact)
+            steps *= buckets // 2 - exact
+            undecided = np.abs(steps - np.rint(steps)) < 1e-5
+            got = np.where(undecided, expected, got)
+            assert undecided.mean() < 0.02
         np.testing.assert_array_equal(got, expected, err_msg=f"seed {seed}, buckets {buckets}, max_distance {end}")
 
 
