@@ -44,7 +44,7 @@ __all__ = [
 VARIANCE_WEIGHT = 0.1
 """Weight of the predicted variance against the predicted noise (LiT: 0.05 against 0.5)."""
 EMPTY_SHARE = 0.1
-"""Share of samples whose prompt is left out, so that guidance keeps what it subtracts."""
+"""Share of samples whose prompt is left out, so that guidance keeps what it subtracts; none for a model without it."""
 
 
 def softmax_layers(transformer: Any) -> list[int]:
@@ -115,7 +115,8 @@ class Batches:
         clean, text = self.calibration.batch(chosen, self.device)
         noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32)).to(self.device)
         s = torch.from_numpy(self.denoiser.sample_levels(self.batch_size, rng)).float().to(self.device)
-        left_out = torch.from_numpy(rng.random(self.batch_size) < EMPTY_SHARE).to(self.device)
+        share = EMPTY_SHARE if self.calibration.guidance_scale != 1 else 0.0
+        left_out = torch.from_numpy(rng.random(self.batch_size) < share).to(self.device)
         empty = self.calibration.negative(self.batch_size, self.device)
         text = Text(
             torch.where(left_out[:, None, None], empty.states, text.states),

@@ -34,8 +34,10 @@ def pass_cost(pieces: Pieces, step: Pass, extent: Extent, keys: int) -> PassCost
     core = _inner_tile(whole, step.tile)
     reductions = pieces.reductions.get(step.stop, ()) if step.reduce else ()
     wanted = [name for part in reductions for name in part.inputs]
-    if step.keep:
-        wanted += [pieces.output] if step.stop == len(pieces.stages) else list(pieces.live(step.stop))
+    if step.keep and step.stop == len(pieces.stages):
+        wanted.append(pieces.output)
+    elif step.keep:
+        wanted += [name for name in pieces.live(step.stop) if name not in pieces.live(step.start)]
     wanted = list(dict.fromkeys(wanted))
     plan = needs(pieces, step.start, step.stop, wanted, core, extent)
     last_use = {name: number for number in sorted(plan.runs) for name in pieces.stages[number].inputs}
@@ -66,7 +68,7 @@ def pass_cost(pieces: Pieces, step: Pass, extent: Extent, keys: int) -> PassCost
                 held[name] = _bytes(pieces, name, plan.values[name])
     for name in wanted:
         if pieces.values[name].is_map and name not in held:
-            # A kept map that is summed over, or kept on, as it is: its tile is read beside what was computed.
+            # A kept map that is summed over as it is: its tile is read beside what was computed.
             held[name] = _bytes(pieces, name, core.scaled(pieces.values[name].scale / stop_scale))
             read += held[name]
     for part in reductions:

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
+from edgedit.device import available_cores
+
 __all__ = ["GroupMoments"]
+
+
+#: Values that are taken in at once: they and their differences stay in a core's cache.
+_CHUNK = 1 << 15
+#: Values about whose mean the others are summed.
+_SAMPLE = 1024
+#: Values below which threads are not worth their start.
+_ALONE = 1 << 19
+
+
+def _row_moments(row: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Mean of values [n], and the sum of their squared distances from it.
+
+    Sums are taken of the distances from the mean of a sample, so that they lose nothing to a mean that is large beside
+    the deviation.
+    """
+    about = row[:: max(1, len(row) // _SAMPLE)].mean(dtype=np.float32)
+    difference = np.empty(min(_CHUNK, len(row)), np.float32)
+    total = squares = 0.0
+    for start in range(0, len(row), _CHUNK):
+        part = row[start : start + _CHUNK]
+        near = np.subtract(part, about, out=difference[: len(part)])
+        total += float(near.sum())
+        squares += float(np.dot(near, near))
+    shift = total / len(row)
+    return float(about) + shift, squares - len(row) * shift**2
 
 
 class GroupMoments:
@@ -24,13 +53,12 @@ class GroupMoments:
         """Take in a tile [1, C, h, w]."""
         grouped = values.reshape(self._groups, -1)
         count = grouped.shape[1]
-        mean, squares = np.empty(self._groups), np.empty(self._groups)
-        # One group at a time: the differences then need little memory.
-        for group, row in enumerate(grouped):
-            mean[group] = row.mean(dtype=np.float64)
-            difference = row - np.float32(mean[group])
-            # The mean was rounded to float32 before it was taken off: what that adds is known exactly.
-            squares[group] = np.dot(difference, difference) - count * (mean[group] - np.float32(mean[group])) ** 2
+        if values.size < _ALONE:
+            found = [_row_moments(row) for row in grouped]
+        else:
+            with ThreadPoolExecutor(available_cores()) as threads:
+                found = list(threads.map(_row_moments, grouped))
+        mean, squares = np.array(found).T
         total = self._count + count
         shift = mean - self._mean
         self._mean += shift * (count / total)

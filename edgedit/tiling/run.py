@@ -45,6 +45,7 @@ class TileRunner:
         self._sums: dict[str, Floats] = {}
         self._gathered: dict[str, tuple[Tokens, Tokens]] = {}
         self._moments: dict[Moments, GroupMoments] = {}
+        self._spare: list[Floats] = []
         self._done = self._total = 0
 
     def run(self, picture: Floats, program: Program, on_rows: OnRows) -> None:
@@ -55,7 +56,7 @@ class TileRunner:
             InputError: the disk with the scratch files is full.
         """
         extent = Extent(picture.shape[2], picture.shape[3])
-        kept: dict[str, Map] = {self._pieces.input: MemoryMap(0, extent.height, extent.width, array=picture)}
+        kept: dict[str, Map] = {self._pieces.input: MemoryMap.of(picture)}
         self._done, self._total = 0, self._count(program, extent)
         try:
             for number, step in enumerate(program.passes):
@@ -66,6 +67,7 @@ class TileRunner:
         finally:
             for store in kept.values():
                 store.close()
+            self._spare.clear()
             self._close(())
             for tokens in self._gathered.values():
                 for part in tokens:
@@ -121,19 +123,24 @@ class TileRunner:
         on_rows: OnRows | None,
         following: Sequence[Pass],
     ) -> dict[str, Map]:
-        """One pass. Returns the maps that are kept after it; those that are not needed any more are closed."""
+        """One pass. Returns the maps that are kept after it, some of which it began with; closes the others."""
         pieces = self._pieces
         last = step.stop == len(pieces.stages)
         reductions = pieces.reductions.get(step.stop, ()) if step.reduce else ()
         whole = extent.at(pieces.scale_at(step.stop))
         new: dict[str, Map] = {}
+        carried: dict[str, Map] = {}
         wanted = [name for part in reductions for name in part.inputs]
         if step.keep and last:
             wanted.append(pieces.output)
         elif step.keep:
             for name in pieces.live(step.stop):
+                if name in kept and isinstance(kept[name], FileMap) == step.in_file:
+                    carried[name] = kept[name]
+                    continue
                 new[name] = self._store(pieces.values[name].channels, whole, step)
                 wanted.append(name)
+        self._spare.clear()
         wanted = list(dict.fromkeys(wanted))
         totals = [self._begin(part, step) for part in reductions]
         band = self._band(whole, on_rows) if step.keep and last else None
@@ -160,9 +167,14 @@ class TileRunner:
         self._close({graph for other in following for graph in self._graphs(other)})
         if not step.keep:
             return kept
-        for store in kept.values():
+        for name, store in kept.items():
+            if name in carried:
+                continue
+            memory = store.reusable() if isinstance(store, MemoryMap) else None
+            if memory is not None:
+                self._spare.append(memory)
             store.close()
-        return new
+        return {**carried, **new}
 
     def _cores(self, step: Pass, whole: Region) -> Iterable[Region]:
         return tiles(whole, step.tile)
@@ -172,7 +184,9 @@ class TileRunner:
 
     def _store(self, channels: int, whole: Region, step: Pass) -> Map:
         if not step.in_file:
-            return MemoryMap(channels, whole.height, whole.width)
+            shape = (1, channels, whole.height, whole.width)
+            index = next((i for i, memory in enumerate(self._spare) if memory.shape == shape), None)
+            return MemoryMap(*shape[1:], memory=None if index is None else self._spare.pop(index))
         block = BLOCK if step.tile % BLOCK == 0 else step.tile
         return FileMap(channels, whole.height, whole.width, self._scratch, block)
 

@@ -185,7 +185,7 @@ class _Search:
             place = best[place][3]
         legs.reverse()
         passes = tuple(p for leg in legs for p in leg.passes)
-        left = self._kept(stop) if not final and passes[-1].in_file else 0.0
+        left = sum(self._kept(stop).values()) if not final and passes[-1].in_file else 0.0
         return _Path(
             passes,
             best[stop][1],
@@ -205,16 +205,17 @@ class _Search:
         """A side at boundary `stop` in pixels of the picture."""
         return int(tile * self.finest / self.pieces.scale_at(stop))
 
-    def _kept(self, boundary: int) -> float:
+    def _kept(self, boundary: int) -> dict[str, float]:
         """Bytes of the maps kept at a boundary; what the caller passed in, at the first, costs nothing."""
         if boundary in (0, len(self.pieces.stages)):
-            return 0.0
-        area = self.extent.at(self.pieces.scale_at(boundary)).area
-        return 4.0 * area * sum(self.pieces.values[name].channels for name in self.pieces.live(boundary))
+            return {}
+        values = {name: self.pieces.values[name] for name in self.pieces.live(boundary)}
+        return {name: 4.0 * v.channels * self.extent.at(v.scale).area for name, v in values.items()}
 
     def _room(self, a: int, b: int, *, last: bool) -> tuple[float, float, bool]:
         """(bytes of memory left for tiles, bytes in files, whether maps go to files) on the way from `a` to `b`."""
-        kept = self._kept(a) + (0.0 if last else self._kept(b))
+        # A map that goes on unchanged is there once.
+        kept = sum((self._kept(a) if last else self._kept(a) | self._kept(b)).values())
         tokens = sum(size for place, size in self.tokens if a < place and any(a <= i for i in self.attends.values()))
         tokens += sum(size for place, size in self.tokens if place <= a and any(a <= i for i in self.attends.values()))
         held = kept + tokens
@@ -237,7 +238,8 @@ class _Search:
             if step is None:
                 return None
             made, cost = step
-            written = self._kept(b) if stop == b else 0.0
+            new = {name: size for name, size in self._kept(b).items() if name not in self._kept(a)}
+            written = sum(new.values()) if stop == b else 0.0
             passes.append(made)
             peak = max(peak, cost.peak)
             seconds += cost.flops / SPEED + (cost.read + written) / DISK

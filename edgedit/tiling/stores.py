@@ -43,18 +43,35 @@ class Map(Protocol):
 
 
 class MemoryMap:
-    """A map in memory; `array` may be given, and is then read only by convention."""
+    """A map in memory."""
 
-    def __init__(self, channels: int, height: int, width: int, array: Floats | None = None) -> None:
+    def __init__(self, channels: int, height: int, width: int, memory: Floats | None = None) -> None:
+        """`memory`: [1, channels, height, width] that nothing else uses any more; mapping new pages takes longer."""
         self.height, self.width = height, width
-        self._array = np.empty((1, channels, height, width), np.float32) if array is None else array
+        self._array = np.empty((1, channels, height, width), np.float32) if memory is None else memory
+        self._own = True
+
+    @classmethod
+    def of(cls, array: Floats) -> MemoryMap:
+        """A map that is there already, and is not written to."""
+        made = cls(*array.shape[1:], memory=array)
+        made._own = False
+        return made
 
     def read(self, region: Region) -> Floats:
         rows = self._array[:, :, region.top : region.bottom, region.left : region.right]
         return np.ascontiguousarray(rows)
 
     def write(self, region: Region, values: Floats) -> None:
+        if values.shape == self._array.shape and values.base is None:
+            # The whole map in one: it is the map.
+            self._array, self._own = values, False
+            return
         self._array[:, :, region.top : region.bottom, region.left : region.right] = values
+
+    def reusable(self) -> Floats | None:
+        """Its memory, where no one else can hold it. Call `close` next."""
+        return self._array if self._own else None
 
     def close(self) -> None:
         self._array = np.empty((1, 0, 0, 0), np.float32)

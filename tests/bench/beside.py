@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from attention_references import REFERENCES
-from tiny_pipelines import randomize
+from tiny_pipelines import build_pipeline, randomize
 
 import edgedit
 from edgedit.benchmark import BenchmarkReport, benchmark
@@ -121,9 +121,25 @@ CASES = (*MODELS, "embedded")
 
 
 def save(name: str, folder: Path, quick: bool) -> None:
-    """Write a case's network with random weights, as a component's folder of diffusers."""
-    model = MODELS[name][0](quick)
+    """Write a case's network with random weights, as a component's folder of diffusers.
+
+    A decoder is part of a pipeline whose other networks are tiny: calibration draws with it.
+    """
+    make, component = MODELS[name]
+    model = make(quick)
     randomize(model, 0)
+    if component == "decoder":
+        pipeline = build_pipeline("sana" if name == "dcae" else "pixart-sigma", 0)
+        pipeline.register_modules(vae=model)
+        if name == "dcae":
+            config = {
+                **pipeline.transformer.config,
+                **dict.fromkeys(("in_channels", "out_channels"), model.config["latent_channels"]),
+            }
+            pipeline.register_modules(transformer=diffusers.SanaTransformer2DModel.from_config(config))
+            randomize(pipeline.transformer, 1)
+        pipeline.save_pretrained(folder)
+        return
     model.save_pretrained(folder)
     if name == "lit":
         layers = list(range(model.config["num_layers"]))
@@ -141,7 +157,8 @@ def run(case: str, options: argparse.Namespace, place: Path) -> list[BenchmarkRe
         save(case, source, options.quick)
     bundles = {dtype: place / f"{case}-{dtype}.edgedit" for dtype in options.dtypes}
     for dtype, path in bundles.items():
-        edgedit.convert(source, path, dtype=dtype, components=[component], measure=False)
+        calibration = "self" if component == "decoder" and dtype.endswith("a8") else None
+        edgedit.convert(source, path, dtype=dtype, components=[component], calibration=calibration, measure=False)
     first, *rest = [f"{path}@{engine}" for path in bundles.values() for engine in ENGINES]
     known = source
     if case == "lit" and options.vs:

@@ -11,7 +11,9 @@ from tiled_models import KINDS, TiledModel, exact_passes
 from edgedit.errors import InputError
 from edgedit.tiling.pieces import Moments
 from edgedit.tiling.program import Pass, Program
-from edgedit.tiling.run import TilesStoppedError
+from edgedit.tiling.regions import Region
+from edgedit.tiling.run import TileRunner, TilesStoppedError
+from edgedit.tiling.stores import Map
 
 Get = Callable[[str], TiledModel]
 TOLERANCE = 2e-4
@@ -26,11 +28,41 @@ def test_tiles_of_any_size_give_the_result_of_the_whole(tiled_model: Get, kind: 
     wanted = made.whole(component, array)
     everywhere = pieces.boundaries[1:-1]
     seldom = everywhere[len(everywhere) // 2 :: 100]
-    for tile, kept, in_file in ((7, everywhere, True), (16, seldom, False), (64, (), False)):
+    cases = (
+        (7, everywhere, True),
+        (7, everywhere, False),
+        (512, everywhere, False),
+        (16, seldom, False),
+        (64, (), False),
+    )
+    for tile, kept, in_file in cases:
         program = Program(exact_passes(pieces, kept, tile, in_file=in_file))
         found = made.tiled(component, array, program)
         worst = np.abs(found - wanted).max()
         assert worst <= TOLERANCE * max(1.0, np.abs(wanted).max()), (kind, component, tile, made.seed)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_map_that_goes_on_unchanged_is_kept_once(
+    tiled_model: Get, in_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiled_model("kl")
+    pieces = made.pieces("decoder")
+    begun: list[int] = []
+    store = TileRunner._store
+
+    def count(self: TileRunner, channels: int, whole: Region, step: Pass) -> Map:
+        begun.append(step.stop)
+        return store(self, channels, whole, step)
+
+    monkeypatch.setattr(TileRunner, "_store", count)
+    made.tiled(
+        "decoder",
+        made.input("decoder", 8, 8),
+        Program(exact_passes(pieces, pieces.boundaries[1:-1], 16, in_file=in_file)),
+    )
+    kept = {name for boundary in begun for name in pieces.live(boundary)}
+    assert len(begun) == len(kept)
 
 
 @pytest.mark.parametrize("kind", ["kl", "dc", "tiny"])
