@@ -32,6 +32,7 @@ from edgedit.converters.training.salience import salience
 from edgedit.converters.training.trainable import attention_layers, follow_grid
 
 __all__ = [
+    "Batches",
     "DistillationStage",
     "LayerError",
     "RegressionStage",

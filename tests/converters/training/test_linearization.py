@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgedit.converters.training.calibration import Calibration
 from edgedit.converters.training.denoisers import Text
 from edgedit.converters.training.linearization import linearize
 from edgedit.converters.training.linearize import (
+    Batches,
     RegressionStage,
     layer_errors,
     linear_student,
@@ -67,6 +69,16 @@ def test_an_operator_grafted_onto_itself_learns_itself(checkpoint: Path, tmp_pat
     with torch.no_grad():
         after = float(np.mean([stage.loss(1000 + step).item() for step in range(4)]))
     assert after < 0.03 * before, (before, after)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_prompts_are_left_out_only_where_guidance_takes_them_off(checkpoint: Path, guidance_scale: float) -> None:
+    data = replace(calibration(2), guidance_scale=guidance_scale)
+    batches = Batches(data, open_trainable(checkpoint).denoiser(), 0, 12, 64, CPU)
+    empty = [
+        bool((states == data.empty.states[0]).all()) for step in range(3) for states in batches.draw(step)[2].states
+    ]
+    assert any(empty) == (guidance_scale != 1)
 
 
 def test_no_layers_is_the_identity_to_the_bit(checkpoint: Path, tmp_path: Path) -> None:
