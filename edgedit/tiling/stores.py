@@ -54,7 +54,8 @@ class MemoryMap:
     @classmethod
     def of(cls, array: Floats) -> MemoryMap:
         """A map that is there already, and is not written to."""
-        made = cls(*array.shape[1:], memory=array)
+        _, channels, height, width = array.shape
+        made = cls(channels, height, width, array)
         made._own = False
         return made
 
