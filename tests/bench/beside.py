@@ -4,7 +4,8 @@
                                  [--vs diffusers ort-export openvino openvino-w8a8] [--dtypes w8a8 fp32]
 
 Every case is one interleaved run: the bundle in each of `--dtypes` on ONNX Runtime and on OpenVINO, and each of `--vs`
-with the same weights (`lit`: with those of the softmax model of the same size, whose outputs are its own). Prints a
+with the same weights (`lit`: with those of the softmax model of the same size, whose outputs are its own). Decoders in
+int8 are calibrated; the noise that is timed lies outside of the ranges of pictures, so their likeness is low. Prints a
 Markdown table a case and batch, with ratios to torch and to ONNX Runtime's float32, and how near the outputs are.
 `--quick` takes networks of a few thousand weights. At full size a case takes up to an hour on two cores, 10 GB of disk
 and 8 GB of memory.
