@@ -64,8 +64,8 @@ class MemoryMap:
         return np.ascontiguousarray(rows)
 
     def write(self, region: Region, values: Floats) -> None:
-        if values.shape == self._array.shape and values.base is None:
-            # The whole map in one: it is the map.
+        if values.shape == self._array.shape and not isinstance(values.base, np.ndarray):
+            # The whole map in one, and no part of another: it is the map.
             self._array, self._own = values, False
             return
         self._array[:, :, region.top : region.bottom, region.left : region.right] = values
